@@ -1,0 +1,1 @@
+"""Sinks: places where lines become durable."""
