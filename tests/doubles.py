@@ -1,0 +1,91 @@
+"""Sinks that count, wait or fail when a test says so."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from running import HANG
+
+from structlog_audit import SinkError, Space
+from structlog_audit.testing import MemorySink
+
+
+class CountingSink(MemorySink):
+    """Keeps lines in memory and counts what it was asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opens = 0
+        self.writes = 0
+        self.closes = 0
+
+    def open(self, session: str) -> None:
+        self.opens += 1
+
+    def write(self, lines: Sequence[bytes]) -> None:
+        self.writes += 1
+        super().write(lines)
+
+    def close(self) -> None:
+        self.closes += 1
+
+
+class HangingSink(MemorySink):
+    """Hangs in every write while `gate` is closed; it begins open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def hang(self) -> None:
+        """Hang from now on."""
+        self.entered.clear()
+        self.gate.clear()
+
+    def go_on(self) -> None:
+        """Let the write that hangs go on."""
+        self.gate.set()
+
+    def write(self, lines: Sequence[bytes]) -> None:
+        self.entered.set()
+        assert self.gate.wait(HANG)
+        super().write(lines)
+
+
+class BrokenSink(MemorySink):
+    """Raises `error` while it is set."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, lines: Sequence[bytes]) -> None:
+        if self.error is not None:
+            raise self.error
+        super().write(lines)
+
+
+class SmallSink(MemorySink):
+    """Tells how much room it has."""
+
+    def __init__(self, free: int) -> None:
+        super().__init__()
+        self.free = free
+
+    def space(self) -> Space:
+        return Space(self.free, 1_000, "memory")
+
+
+def refusal(persisted: str = "no") -> SinkError:
+    """Return what a sink raises when it cannot write."""
+    return SinkError("it does not work today", persisted=persisted)
+
+
+def begins(sink: MemorySink) -> list[dict[str, Any]]:
+    """Return the first line of each session."""
+    return [line for line in map(json.loads, sink.lines) if line["prev"] == ""]
