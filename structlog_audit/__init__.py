@@ -1,0 +1,57 @@
+"""Audit entries that are durable when the call returns; otherwise the call raises."""
+
+from structlog_audit._version import __version__
+from structlog_audit.alarm import Space
+from structlog_audit.context import audit_context, bind_audit_context, clear_audit_context
+from structlog_audit.entry import AUDIT, Receipt
+from structlog_audit.exceptions import (
+    AuditConfigurationError,
+    AuditEntryError,
+    AuditError,
+    AuditNotConfiguredError,
+    AuditSpaceWarning,
+    AuditTimeoutError,
+    AuditWriteError,
+    SessionOver,
+    SinkError,
+)
+from structlog_audit.handler import AuditHandler
+from structlog_audit.logger import AuditLogger, audit_log, get_logger
+from structlog_audit.operation import Operation
+from structlog_audit.processors import Redact
+from structlog_audit.settings import Settings, audit_handler, audit_processors, reopen_on_signal
+from structlog_audit.sinks._base import Sink
+from structlog_audit.sinks.console import ConsoleSink
+from structlog_audit.sinks.file import FileSink
+
+__all__ = [
+    "AUDIT",
+    "AuditConfigurationError",
+    "AuditEntryError",
+    "AuditError",
+    "AuditHandler",
+    "AuditLogger",
+    "AuditNotConfiguredError",
+    "AuditSpaceWarning",
+    "AuditTimeoutError",
+    "AuditWriteError",
+    "ConsoleSink",
+    "FileSink",
+    "Operation",
+    "Receipt",
+    "Redact",
+    "SessionOver",
+    "Settings",
+    "Sink",
+    "SinkError",
+    "Space",
+    "__version__",
+    "audit_context",
+    "audit_handler",
+    "audit_log",
+    "audit_processors",
+    "bind_audit_context",
+    "clear_audit_context",
+    "get_logger",
+    "reopen_on_signal",
+]

@@ -1,0 +1,144 @@
+"""Operations: a Begin that is durable before the body runs, and its outcome after it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+from structlog_audit.call import receipt_of
+from structlog_audit.entry import Kind, Receipt
+from structlog_audit.values import exception_data
+
+
+class Caller(Protocol):
+    """Makes the calls of an operation; `AuditLogger` is one."""
+
+    def _begin(self, entry: Mapping[str, object]) -> Receipt: ...
+
+    async def _abegin(self, entry: Mapping[str, object]) -> Receipt: ...
+
+    def _submit(self, entry: Mapping[str, object], kind: Kind) -> None: ...
+
+
+class Operation:
+    """An operation under audit, for `with` and `async with`.
+
+    `Begin` is durable before the body runs; when it cannot be recorded, the body does not run.
+    Afterwards one outcome is queued without waiting: `Complete`, `Fail` (the body raised, or
+    called `fail`), or `Abandon` (the body was cancelled or interrupted, or called `abandon`). It
+    is durable with the next commit, within a second, or at close.
+
+    Attributes:
+        data: what the outcome shall carry, a mapping.
+        operation_id: what Begin and outcome have in common.
+        receipt: the receipt of the Begin; None before it.
+    """
+
+    def __init__(self, caller: Caller, entry: Mapping[str, object]) -> None:
+        self.data: Any = {}
+        self.operation_id = str(entry.get("operation_id") or uuid.uuid4())
+        self.receipt: Receipt | None = None
+        self._caller = caller
+        self._entry = {**entry, "operation_id": self.operation_id}
+        self._entered = False
+        self._verdict: Kind | None = None
+        self._reason: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Operation {self.operation_id}>"
+
+    def fail(self, reason: str) -> None:
+        """Make the outcome a `Fail` although the body does not raise."""
+        self._verdict, self._reason = "Fail", reason
+
+    def abandon(self, reason: str) -> None:
+        """Make the outcome an `Abandon`: the operation was not carried to its end."""
+        self._verdict, self._reason = "Abandon", reason
+
+    def __enter__(self) -> Operation:
+        self._enter_once()
+        self.receipt = self._caller._begin(self._entry)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._finish(error)
+
+    async def __aenter__(self) -> Operation:
+        self._enter_once()
+        try:
+            self.receipt = await self._caller._abegin(self._entry)
+        except BaseException as cancelled:
+            self.receipt = receipt_of(cancelled)
+            if self.receipt is not None:  # it began, and its body will not run
+                self._finish(cancelled)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._finish(error)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_entered", True):  # without it, __init__ raised
+            warnings.warn(
+                "an audit operation was never entered, so nothing was recorded: "
+                "write `with audit_log.operation(…):`",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _enter_once(self) -> None:
+        if self._entered:
+            raise RuntimeError("an operation runs once: make a new one with audit_log.operation()")
+        self._entered = True
+
+    def _finish(self, error: BaseException | None) -> None:
+        outcome = self._verdict or _verdict(error)
+        data = _readable(self.data)
+        if self._reason is not None:
+            data["reason"] = self._reason
+        if error is not None:
+            data["exception"] = exception_data(error)
+        begun = {k: v for k, v in self._entry.items() if k in _CARRIED}
+        try:
+            self._caller._submit({**begun, "data": data}, outcome)
+        except Exception as lost:
+            if error is None:
+                raise
+            # the body's own exception propagates unchanged: it must not be replaced by ours
+            logging.getLogger("structlog_audit").error(
+                "the outcome %s of operation %s is lost: %s", outcome, self.operation_id, lost
+            )
+
+
+_CARRIED = frozenset({"action", "operation_id", "app", "user_id", "company_id", "service_id",
+                      "client_ip", "remote_address", "forwarded_for", "type", "request_id",
+                      "trace_id", "span_id"})  # fmt: skip
+
+
+def _readable(data: Any) -> dict[str, Any]:
+    """Copy what the body left behind; the outcome matters more than its data."""
+    with contextlib.suppress(Exception):  # a foreign mapping may raise anything
+        if isinstance(data, Mapping):
+            return {**data}
+    return {"data": data}  # it is marked as unreadable, or stands there as it is
+
+
+def _verdict(error: BaseException | None) -> Kind:
+    if error is None:
+        return "Complete"
+    return "Fail" if isinstance(error, Exception) else "Abandon"

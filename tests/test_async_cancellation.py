@@ -1,0 +1,129 @@
+"""Cancelled tasks and time limits: they take as long as the outcome, and then say the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from doubles import BrokenSink, HangingSink, begins, refusal
+from running import HANG, run_loop, until
+
+from structlog_audit import (
+    AuditError,
+    AuditHandler,
+    AuditTimeoutError,
+    AuditWriteError,
+)
+
+MakeHandler = Callable[..., AuditHandler]
+
+
+def test_a_cancelled_task_waits_for_its_outcome(make_handler: MakeHandler) -> None:
+    """It is cancelled when the entry is durable, and not before."""
+    sink = HangingSink()
+    handler = make_handler(sink)
+
+    async def work() -> None:
+        sink.hang()
+        task = asyncio.create_task(handler.arecord({"action": "A"}))
+        await until(sink.entered.is_set)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0.01)
+        assert not task.done()
+        sink.go_on()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert task.cancelled()
+        assert [entry["action"] for entry in sink.entries] == ["A"]
+
+    run_loop(work())
+
+
+def test_a_cancelled_task_whose_entry_failed_is_told_of(make_handler: MakeHandler) -> None:
+    """Its caller sees the cancellation only, so the hook and the gap must know."""
+    sink = BrokenSink()
+    told: list[AuditError] = []
+    handler = make_handler(sink, on_failure=told.append)
+    entered, gate = threading.Event(), threading.Event()
+
+    def fail_slowly(lines: Any) -> None:
+        entered.set()
+        assert gate.wait(HANG)
+        raise refusal()
+
+    sink.write = fail_slowly  # type: ignore[method-assign]
+
+    async def work() -> None:
+        task = asyncio.create_task(handler.arecord({"action": "A"}))
+        await until(entered.is_set)
+        task.cancel()
+        await asyncio.sleep(0.01)
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run_loop(work())
+    del sink.write  # type: ignore[method-assign]
+    handler.record({"action": "B"})
+
+    assert [type(error) for error in told] == [AuditWriteError]
+    assert begins(sink)[0]["data"]["gap"]["failedCalls"] == 1
+
+
+def test_a_cancelled_task_that_timed_out_is_told_of(make_handler: MakeHandler) -> None:
+    """Likewise when there was no answer in time."""
+    sink = HangingSink()
+    told: list[AuditError] = []
+    handler = make_handler(sink, timeout=0.1, on_failure=told.append)
+
+    async def work() -> None:
+        sink.hang()
+        task = asyncio.create_task(handler.arecord({"action": "A"}))
+        await until(sink.entered.is_set)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        sink.go_on()
+        await until(lambda: handler._commits._since is None)
+
+    run_loop(work())
+
+    assert [type(error) for error in told] == [AuditTimeoutError]
+
+
+def test_a_time_limit_around_a_call_waits_for_its_outcome(make_handler: MakeHandler) -> None:
+    """`asyncio.wait_for`: it takes longer, but what it says is true."""
+    sink = HangingSink()
+    handler = make_handler(sink)
+
+    async def work() -> None:
+        sink.hang()
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.1, sink.go_on)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(handler.arecord({"action": "A"}), 0.01)
+        assert len(sink.entries) == 1
+
+    run_loop(work())
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "timeout"), reason="needs Python 3.11")
+def test_a_timeout_block_around_a_call_waits_for_its_outcome(make_handler: MakeHandler) -> None:
+    """`asyncio.timeout`."""
+    sink = HangingSink()
+    handler = make_handler(sink)
+
+    async def work() -> None:
+        sink.hang()
+        asyncio.get_running_loop().call_later(0.1, sink.go_on)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):  # type: ignore[attr-defined, unused-ignore]
+                await handler.arecord({"action": "A"})
+        assert len(sink.entries) == 1
+
+    run_loop(work())
