@@ -1,0 +1,164 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+import orjson
+from rich.console import Console
+from rich.markup import escape
+
+from structlog_audit._version import __version__
+from structlog_audit.demo import run_demo
+from structlog_audit.doctor import Report, diagnose
+from structlog_audit.exceptions import AuditError
+
+LABEL = 14
+"""Columns for what a row of the report tells of."""
+MANY_DAYS = 3_650
+"""Above this, the exact number says nothing."""
+
+
+def _console() -> Console:
+    """Return a console that wraps words on a terminal, and leaves lines as they are elsewhere.
+
+    A character that the terminal does not have becomes a question mark.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="structlog-audit")
+def cli() -> None:
+    """Audit entries that are durable when the call returns."""
+
+
+@cli.command()
+@click.argument("directory", required=False, type=click.Path(file_okay=False))
+def demo(directory: str | None) -> None:
+    """Record real entries, fill the disk, and show what a caller sees.
+
+    Without DIRECTORY, a temporary one is used and removed.
+
+    Example: structlog-audit demo ./audit
+    """
+    run_demo(_console(), directory)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--app", metavar="MODULE:CALLABLE", help="Call this first; it configures structlog.")
+def doctor(as_json: bool, app: str | None) -> None:
+    """Tell whether an entry can be recorded here, and what should be mended.
+
+    The target is the one that the environment names (AUDIT_LOG_DIR), or the application's. Exit
+    status 0: an entry can be recorded. 1: it cannot.
+
+    Example: AUDIT_LOG_DIR=./audit structlog-audit doctor --app myapp.logs:configure
+    """
+    report = diagnose(app)
+    if as_json:
+        click.echo(orjson.dumps(report.as_dict(), option=orjson.OPT_INDENT_2))
+    else:
+        _print_report(_console(), report)
+    sys.exit(0 if report.enabled else 1)
+
+
+def _print_report(console: Console, report: Report) -> None:
+    if report.enabled:
+        console.print("[bold green]Auditing is enabled[/]")
+    else:
+        console.print(f"[bold red]Auditing is not enabled[/]: {_safe(report.reason)}")
+    for label, value in _rows(report):  # in one piece each: paths are there to be copied
+        console.print(f"[bold]{label:<{LABEL}}[/]{_safe(value)}", soft_wrap=True)
+    if report.problems:
+        console.print("[bold]Open problems[/]:")
+    elif report.enabled:
+        console.print("No open problems.")
+    for problem in report.problems:
+        console.print(f"  - {_safe(problem)}")
+
+
+def _rows(report: Report) -> list[tuple[str, str]]:
+    rows = [] if report.target is None else [
+        ("target", report.target),
+        ("policy", report.policy),
+        ("mode", report.mode),
+        ("app", report.app or "not named (AUDIT_LOG_APP)"),
+    ]  # fmt: skip
+    for label, part, text in (
+        ("sessions", report.session, _sessions_text),
+        ("file system", report.file_system, _file_system_text),
+        ("space", report.space, _space_text),
+        ("directory", report.permissions, _permissions_text),
+        ("write + sync", report.latency, _latency_text),
+    ):
+        if part:
+            rows.append((label, text(part)))
+    if report.processors is not None:
+        rows.append(("processors", " → ".join(report.processors)))
+    return rows
+
+
+def _sessions_text(session: dict[str, Any]) -> str:
+    files = "1 file" if session["files"] == 1 else f"{session['files']:,} files"
+    text = f"{files}, {session['bytes']:,} bytes"
+    return (
+        f"{text}; newest: {session['newest']} ({session['state']})" if session["newest"] else text
+    )
+
+
+def _file_system_text(system: dict[str, Any]) -> str:
+    return f"{system['meaning']} (mounted at {system['mount']})"
+
+
+def _space_text(space: dict[str, Any]) -> str:
+    text = f"{space['free']:,} of {space['total']:,} bytes free"
+    if space["days_left"] is None:
+        return text
+    days = "years" if space["days_left"] > MANY_DAYS else f"{space['days_left']:,} days"
+    return f"{text}; {days} left at {space['bytes_per_day']:,} bytes a day"
+
+
+def _permissions_text(access: dict[str, Any]) -> str:
+    return f"owner {access['owner']}, mode {access['mode']}; we are {access['user']}"
+
+
+def _latency_text(latency: dict[str, Any]) -> str:
+    return (
+        f"p50 {latency['p50_us']:,} µs, p99 {latency['p99_us']:,} µs "
+        f"({latency['samples']} times {latency['bytes']} bytes)"
+    )
+
+
+def _safe(value: Any) -> str:
+    """Return text that can neither control the terminal nor be taken for markup."""
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value))
+    return escape(text)
+
+
+def run() -> None:
+    """Run the command; errors of ours become two lines, not a traceback."""
+    try:
+        cli(prog_name="structlog-audit")
+    except AuditError as error:
+        click.echo(f"error: {error.reason}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        _leave_stdout()
+    except OSError as error:
+        click.echo(f"error: {error.strerror or error}", err=True)
+        _leave_stdout()
+
+
+def _leave_stdout() -> NoReturn:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at exit
+    sys.exit(1)

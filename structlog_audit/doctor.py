@@ -1,0 +1,396 @@
+"""The diagnostic report: can an entry be recorded here, and what should an operator know?
+
+It opens no session. What it measures, it measures in a file of its own beside the session files,
+which it removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import os
+import stat
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import orjson
+import structlog
+
+from structlog_audit.exceptions import AuditConfigurationError, AuditError
+from structlog_audit.handler import AuditHandler
+from structlog_audit.logger import audit_log
+from structlog_audit.processors import RouteAudit, check_order
+from structlog_audit.settings import Settings
+from structlog_audit.sinks import _durable
+from structlog_audit.sinks.file import FileSink
+from structlog_audit.testing import capture_audit
+
+SAMPLES = 50
+SAMPLE_BYTES = 500
+RATE_DAYS = 7
+
+_IN_MEMORY = {"tmpfs", "ramfs"}
+_ELSEWHERE = {"nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "fuse", "fuseblk", "fuse.sshfs"}
+_TOO_EARLY = {
+    "filter_by_level": "drops entries by level",
+    "ConsoleRenderer": "renders",
+    "JSONRenderer": "renders",
+    "KeyValueRenderer": "renders",
+    "LogfmtRenderer": "renders",
+    "ProcessorFormatter.wrap_for_formatter": "hands over to logging",
+    "render_to_log_kwargs": "hands over to logging",
+    "EventRenamer": "renames the event",
+}
+
+
+@dataclass(slots=True)
+class Report:
+    """What the doctor found.
+
+    Attributes:
+        enabled: whether an entry can be recorded.
+        reason: why not.
+        target: where entries go.
+        policy: which of several targets must confirm.
+        mode: how much web interceptors record.
+        app: name of the application.
+        session: the newest session file and its state.
+        file_system: type, and what a sync means on it.
+        space: free and total bytes, and days left at the current rate.
+        permissions: owner and mode of the directory, and who asks.
+        latency: p50 and p99 of one write and sync, in microseconds.
+        processors: the application's processors in order, where one was given.
+        problems: what should be mended.
+    """
+
+    enabled: bool = False
+    reason: str | None = None
+    target: str | None = None
+    policy: str = "all"
+    mode: str = "basic"
+    app: str | None = None
+    session: dict[str, Any] | None = None
+    file_system: dict[str, Any] | None = None
+    space: dict[str, Any] | None = None
+    permissions: dict[str, Any] | None = None
+    latency: dict[str, Any] | None = None
+    processors: list[str] | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)
+
+
+def diagnose(app: str | None = None) -> Report:
+    """Look at the configuration of the host, or of an application.
+
+    Args:
+        app: `module:callable` that configures structlog as the application does; it is called.
+
+    Returns:
+        The report. What is wrong is in it, not raised.
+    """
+    report = Report()
+    try:
+        settings = Settings.from_environ()
+        report.mode, report.app = settings.mode, settings.app
+        if app is None:
+            handler = AuditHandler(settings.sink(), low_space=settings.low_space)
+        else:
+            handler = _application_handler(app, report)
+            report.app = handler.app
+        report.target = repr(handler.sink)
+        _examine(handler, report)
+    except AuditError as error:
+        report.reason = str(error)
+    return report
+
+
+def _examine(handler: AuditHandler, report: Report) -> None:
+    sink = handler.sink
+    if isinstance(sink, FileSink):
+        _examine_directory(handler, sink, report)
+    else:
+        handler.check()
+        report.problems.append(
+            f"{sink!r} confirms that a stream took the bytes, not that they are on a disk: "
+            "what collects them must be as reliable as you need it"
+        )
+    if report.mode != "basic":
+        report.problems.append(f"AUDIT_LOG_MODE={report.mode}: requests may be recorded in full")
+    report.enabled = True
+
+
+def _examine_directory(handler: AuditHandler, sink: FileSink, report: Report) -> None:
+    missing = _missing(sink.directory)
+    try:
+        try:
+            handler.check()
+        finally:
+            if os.path.isdir(sink.directory):
+                _look_at_directory(handler, sink, report)
+        if missing:
+            report.problems.append(
+                f"{sink.directory} does not exist yet: it will be made, for the user whose process "
+                "configures auditing (what stands above was found in one made for this report); "
+                "is the path right?"
+            )
+        _measure(sink, report)
+    finally:
+        for directory in missing:  # made by the check; a report leaves no trace
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+
+
+def _missing(path: str) -> list[str]:
+    """Return the directories that would have to be made, the lowest first."""
+    missing = []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
+
+
+def _application_handler(app: str, report: Report) -> AuditHandler:
+    module, _, name = app.partition(":")
+    if not module or not name:
+        raise AuditConfigurationError(
+            f"--app takes module:callable, not {app!r}", hint="for example myapp.logs:configure"
+        )
+    sys.path.insert(0, os.getcwd())
+    with contextlib.redirect_stdout(sys.stderr):  # the report alone goes to stdout
+        _configure_application(app, module, name)
+    processors = list(structlog.get_config()["processors"])
+    check_order(processors)
+    if any(isinstance(processor, RouteAudit) for processor in processors):
+        return _look_at_processors(processors, report)
+    return _logging_handler()
+
+
+def _configure_application(app: str, module: str, name: str) -> None:
+    try:
+        configure = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:
+        raise AuditConfigurationError(
+            f"cannot load {app}: {type(error).__name__}: {error}"
+        ) from error
+    if inspect.iscoroutinefunction(configure):
+        raise AuditConfigurationError(
+            f"{app} is a coroutine function", hint="name a function that configures when called"
+        )
+    try:
+        configure()
+    except AuditError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise AuditConfigurationError(f"{app} raised {type(error).__name__}: {error}") from error
+
+
+def _logging_handler() -> AuditHandler:
+    """Find the handler of an application that audits by the standard library's logging."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", []):
+            if isinstance(handler, AuditHandler):
+                return handler
+    raise AuditConfigurationError(
+        "the application's structlog configuration has no audit processors, and no logger has an "
+        "AuditHandler",
+        hint="add *structlog_audit.audit_processors(…) after merge_contextvars",
+    )
+
+
+def _look_at_processors(processors: Sequence[Any], report: Report) -> AuditHandler:
+    names = [getattr(p, "__qualname__", None) or type(p).__qualname__ for p in processors]
+    report.processors = names
+    route = next(index for index, p in enumerate(processors) if isinstance(p, RouteAudit))
+    for name in names[:route]:
+        if name in _TOO_EARLY:
+            report.problems.append(
+                f"{name} stands before the audit processors and {_TOO_EARLY[name]}"
+            )
+    if "merge_contextvars" in names[route:]:
+        report.problems.append(
+            "merge_contextvars stands after the audit processors: what it adds is not recorded"
+        )
+    handler = processors[route].handler
+    if not isinstance(handler, AuditHandler):
+        raise AuditConfigurationError(f"entries go to {handler!r}, which is no AuditHandler")
+    _try_processors()
+    return handler
+
+
+def _try_processors() -> None:
+    """Send an entry through the processors; it is captured before the handler, not recorded."""
+    try:
+        with capture_audit():
+            audit_log.info(action="Doctor")
+    except AuditError:
+        raise
+    except Exception as error:
+        raise AuditConfigurationError(
+            f"one of the application's processors raised {type(error).__name__}: {error}",
+            hint="move *structlog_audit.audit_processors(…) before that processor",
+        ) from error
+
+
+def _look_at_directory(handler: AuditHandler, sink: FileSink, report: Report) -> None:
+    problems = report.problems
+    report.permissions = _permissions(os.stat(sink.directory), problems)
+    report.file_system = file_system(sink.directory)
+    if not report.file_system["durable"]:
+        problems.append(f"{sink.directory} is on {report.file_system['meaning']}")
+    try:
+        report.session, written = _sessions(sink)
+    except OSError:  # the check says why
+        return
+    space = sink.space()
+    days = space.free / written if written else None
+    report.space = {"free": space.free, "total": space.total, "bytes_per_day": round(written),
+                    "days_left": None if days is None else round(days, 1)}  # fmt: skip
+    if space.free < handler.low_space * (space.total if handler.low_space < 1 else 1):
+        problems.append(f"only {space.free:,} of {space.total:,} bytes are free")
+
+
+def _permissions(stats: os.stat_result, problems: list[str]) -> dict[str, Any]:
+    if not hasattr(os, "geteuid"):
+        return {}
+    me = os.geteuid()
+    if stats.st_uid not in (me, 0):
+        problems.append(f"the directory belongs to {_user(stats.st_uid)}, who can remove its files")
+    if not stats.st_mode & stat.S_IWOTH and stats.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        problems.append(
+            "others than the owner may enter the directory; chmod 0700 would keep them out"
+        )
+    return {"owner": _user(stats.st_uid), "mode": f"{stat.S_IMODE(stats.st_mode):04o}",
+            "user": _user(me)}  # fmt: skip
+
+
+def _user(number: int) -> str:
+    import pwd  # not on Windows
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def file_system(path: str) -> dict[str, Any]:
+    """Tell what file system a path is on, and what a sync means there.
+
+    Args:
+        path: an existing file or directory.
+
+    Returns:
+        `type`, `mount`, `durable` (False where a sync means nothing) and `meaning`.
+    """
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+            mounts = [_mount(line) for line in lines]
+    except OSError:
+        return {
+            "type": "unknown",
+            "mount": "",
+            "durable": True,
+            "meaning": "an unknown file system",
+        }
+    real = os.path.realpath(path)
+    inside = [m for m in mounts if real == m[0] or real.startswith(m[0].rstrip("/") + "/")]
+    mount, kind, options = max(enumerate(inside), key=lambda m: (len(m[1][0]), m[0]))[1]
+    durable, meaning = _meaning(kind, options)
+    return {"type": kind, "mount": mount, "durable": durable, "meaning": meaning}
+
+
+def _mount(line: str) -> tuple[str, str, str]:
+    before, _, after = line.partition(" - ")
+    point = before.split()[4].encode().decode("unicode_escape")
+    kind, _, options = after.split(" ", 2)
+    return point, kind, options.strip()
+
+
+def _meaning(kind: str, options: str) -> tuple[bool, str]:
+    if kind in _IN_MEMORY:
+        return False, f"{kind}: it lives in memory, a sync means nothing, a restart loses all"
+    if kind == "overlay":
+        parts = [part.partition("=") for part in options.split(",")]
+        given = {name: value for name, _, value in parts}
+        if "volatile" in given:
+            return False, "overlay mounted volatile: a sync does nothing"
+        upper = given.get("upperdir", "")
+        if os.path.isdir(upper) and not file_system(upper)["durable"]:
+            return False, "overlay whose upper directory lives in memory: a sync means nothing"
+        return True, "overlay: files vanish with the container; use a volume"
+    if kind in _ELSEWHERE:
+        return True, f"{kind}: a sync is as good as the server behind it"
+    return True, f"{kind}: a sync reaches the device, as far as the device is honest"
+
+
+def _sessions(sink: FileSink) -> tuple[dict[str, Any], float]:
+    """Return what is known of the session files, and the bytes written in a day."""
+    now = time.time()
+    files = []
+    with os.scandir(sink.directory) as found:
+        for item in found:
+            if item.name.startswith(f"{sink.prefix}-") and item.name.endswith(".ndjson"):
+                stats = item.stat(follow_symlinks=False)
+                files.append((stats.st_mtime, stats.st_size, item.path))
+    recent = [f for f in files if now - f[0] < RATE_DAYS * 86_400]
+    span = max((now - min(f[0] for f in recent)) / 86_400, 1.0) if recent else 1.0
+    newest = max(files, default=None)
+    state = {"files": len(files), "bytes": sum(f[1] for f in files),
+             "newest": newest[2] if newest else None,
+             "state": _state(newest[2]) if newest else None}  # fmt: skip
+    return state, sum(f[1] for f in recent) / span
+
+
+def _state(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 2**20))
+            tail = file.read()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    if not tail.endswith(b"\n"):
+        return "ends in a torn line: a crash, a full disk, or being written at this moment"
+    try:
+        last = orjson.loads(tail[:-1].rsplit(b"\n", 1)[-1])
+        closed = last["event"] == "Complete" and last["action"] == "AuditSession"
+    except (ValueError, KeyError, TypeError):
+        return "its last line is no entry"
+    return "closed" if closed else "open, or its process is gone"
+
+
+def _measure(sink: FileSink, report: Report) -> None:
+    """Write and sync a number of times, as a session would."""
+    name = f".{sink.prefix}-doctor-{os.getpid()}"
+    line = b"x" * (SAMPLE_BYTES - 1) + b"\n"
+    base = _durable.open_directory(sink.directory)
+    times: list[int] = []
+    try:
+        descriptor = _durable.create(sink.directory, base, name)
+        try:
+            for _ in range(SAMPLES):
+                start = time.perf_counter_ns()
+                if _durable.append(descriptor, line) != len(line):
+                    raise AuditConfigurationError(f"short write in {sink.directory}: it is full")
+                _durable.sync(descriptor)
+                times.append(time.perf_counter_ns() - start)
+        finally:
+            _durable.close(descriptor)
+            _durable.remove(sink.directory, base, name)
+    except OSError as error:
+        raise AuditConfigurationError(
+            f"cannot write to {sink.directory}: {error.strerror}"
+        ) from error
+    finally:
+        _durable.close(base)
+    times.sort()
+    report.latency = {"p50_us": round(times[SAMPLES // 2] / 1000, 1),
+                      "p99_us": round(times[SAMPLES * 99 // 100] / 1000, 1),
+                      "samples": SAMPLES, "bytes": SAMPLE_BYTES}  # fmt: skip
