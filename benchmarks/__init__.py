@@ -1,0 +1,1 @@
+"""Benchmarks: what an audit call costs beside the bare system calls it cannot do without."""
