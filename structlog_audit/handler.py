@@ -325,10 +325,22 @@ class AuditHandler(logging.Handler):
         Raises:
             AuditError: it was not recorded; logging hands it on to the caller of `log`.
         """
-        if record.levelno == AUDIT:
-            _refuse_queues(record)
+        if record.levelno != AUDIT:
+            return
+        between = _between(record)
+        if between is None:
             AuditHandler._may_log(self)
             self.record(_entry_of(record))
+            return
+        refusal = AuditConfigurationError(
+            f"an AuditHandler stands behind a {between}: callers go on before the entry is "
+            "durable, so it was refused and not recorded",
+            hint="attach the AuditHandler to the logger itself",
+        )
+        if between != "QueueListener":
+            raise refusal
+        self._alarm.tell(refusal)  # raised, it would end the listener's thread
+        sys.excepthook(type(refusal), refusal, None)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Raise instead of swallowing."""
@@ -516,16 +528,16 @@ def _entry_of(record: logging.LogRecord) -> dict[str, object]:
     return entry
 
 
-def _refuse_queues(record: logging.LogRecord) -> None:
-    """Refuse to stand behind a handler that lets its caller go before the entry is durable."""
+def _between(record: logging.LogRecord) -> str | None:
+    """Name what stands between the caller and us, and lets its caller go too early; or None."""
     caller = sys._getframe(2)
-    here = record.thread in (None, threading.get_ident())
-    while here and caller is not None and caller.f_globals.get("__name__") != "logging.handlers":
-        if caller.f_globals.get("__name__") not in ("logging", __name__):
-            return
+    while caller is not None:
+        module = caller.f_globals.get("__name__")
+        if module == "logging.handlers":
+            owner = caller.f_locals.get("self")
+            listening = isinstance(owner, sys.modules[module].QueueListener)
+            return "QueueListener" if listening else type(owner).__name__
+        if module not in ("logging", __name__):
+            break
         caller = caller.f_back  # type: ignore[assignment]
-    raise AuditConfigurationError(
-        "an AuditHandler stands behind a QueueHandler or MemoryHandler: their callers go on before "
-        "the entry is durable, so it was refused and not recorded",
-        hint="attach the AuditHandler to the logger itself",
-    )
+    return None if record.thread in (None, threading.get_ident()) else "queue"

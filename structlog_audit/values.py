@@ -19,6 +19,7 @@ import ipaddress
 import math
 import numbers
 import pathlib
+import re
 import traceback
 import uuid
 from collections.abc import Iterable, Mapping
@@ -44,6 +45,7 @@ _SHORT = 1_000  # texts up to here need no further look
 
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1  # what orjson writes; measured with 3.13.0
 _MARK = "$audit"
+_NAME = re.compile(r"""[A-Za-z_][\w.-]*(?=\s*=|['"]?\s*[:,])""")  # a=1, 'a': 1, ('a', 1)
 
 
 class Marker(dict[str, Any]):
@@ -252,7 +254,7 @@ class _Copy:
         if isinstance(value, Mapping):
             return self._inside(value, depth, self._mapping)
         if isinstance(value, (list, tuple)):
-            return self._inside(value, depth, self._array)
+            return self._inside(self._without_hidden_fields(value), depth, self._array)
         if isinstance(value, AbstractSet):
             return self._inside(value, depth, self._set)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -270,7 +272,9 @@ class _Copy:
             return self._bytes(bytes(value))
         if isinstance(value, BaseException):
             return self._mapping(exception_data(value), depth)
-        return Marker("object", type=_type_name(type(value)), repr=self._text(_repr(value)))
+        text = _repr(value)
+        hidden = None if self._rule is None else self._hidden_names(text)
+        return Marker("object", type=_type_name(type(value)), repr=hidden or self._text(text))
 
     def _inside(self, value: Any, depth: int, copy: Any) -> Any:
         if depth >= MAX_DEPTH:
@@ -344,6 +348,17 @@ class _Copy:
             return None
         name = key_text(key)
         return None if name is None else self._rule.value(name, item)
+
+    def _hidden_names(self, text: str) -> Marker | None:
+        """Hide a text that shows a covered name, as the `repr` of a namespace or a deque does."""
+        return next(filter(None, (self._hidden(name, text) for name in _NAME.findall(text))), None)
+
+    def _without_hidden_fields(self, value: Any) -> Any:
+        """Hide fields of a named tuple, which is written as an array."""
+        names = () if self._rule is None else getattr(type(value), "_fields", ())
+        if not names:
+            return value
+        return [self._hidden(name, item) or item for name, item in zip(names, value, strict=False)]
 
     def _take(self, items: Iterable[Any], owner: Any) -> list[Any]:
         """List what a container holds; of one that may lie, no more than could be kept.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import dataclasses
 import enum
 import hashlib
@@ -9,8 +11,9 @@ import hmac
 import io
 import pickle
 import re
+import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import structlog
@@ -295,3 +298,39 @@ def test_a_redaction_can_be_pickled_and_does_not_show_its_key(log: Log) -> None:
     assert (data["a"], data["xbx"], data["c"]) == (REDACTED, REDACTED, "[redacted]")
     assert data["email"]["value"] == hmac.new(KEY, b"e", hashlib.sha256).hexdigest()
     assert KEY.decode() not in repr(redact) + str(redact)
+
+
+class Login(NamedTuple):
+    """Written as an array, where the names of its fields are lost."""
+
+    user: str
+    password: str
+
+
+def test_fields_of_a_named_tuple_are_hidden(log: Log) -> None:
+    """Also within others."""
+    assert log.data(login=Login("ada", "hunter2")) == {"login": ["ada", REDACTED]}
+    assert log.data(logins=[Login("ada", "hunter2")]) == {"logins": [["ada", REDACTED]]}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        types.SimpleNamespace(user="ada", password="hunter2"),
+        types.SimpleNamespace(inner=types.SimpleNamespace(api_key="hunter2")),
+        collections.deque([("password", "hunter2")]),
+        collections.UserList([{"password": "hunter2"}]),
+        {"password": "hunter2"}.items(),
+        argparse.Namespace(password="hunter2"),
+    ],
+)
+def test_a_repr_that_shows_a_covered_name_is_hidden(log: Log, value: Any) -> None:
+    """Objects without a JSON form are written as their `repr`, which may show their fields."""
+    assert "hunter2" not in log.line(value=value).decode()
+
+
+def test_a_repr_without_a_covered_name_is_kept(log: Log) -> None:
+    """Nothing more is hidden than has to be."""
+    value = types.SimpleNamespace(user="ada", keyboard=1)
+
+    assert log.data(value=value)["value"]["repr"] == "namespace(user='ada', keyboard=1)"

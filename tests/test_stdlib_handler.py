@@ -6,7 +6,7 @@ import logging
 import logging.config
 import logging.handlers
 import queue
-import threading
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,7 @@ def test_behind_a_memory_handler_it_refuses(
     logger.addHandler(buffering)
     logger.log(AUDIT, "x", extra={"action": "A"})
 
-    with pytest.raises(AuditConfigurationError, match=r"or MemoryHandler[\s\S]*itself"):
+    with pytest.raises(AuditConfigurationError, match=r"behind a MemoryHandler[\s\S]*itself"):
         buffering.flush()
 
     assert sink.lines == []
@@ -231,24 +231,36 @@ def test_behind_a_memory_handler_it_refuses(
     buffering.close()
 
 
-def test_behind_a_queue_it_refuses(
+@pytest.mark.parametrize(
+    "kind", [logging.handlers.QueueListener, type("Mine", (logging.handlers.QueueListener,), {})]
+)
+def test_behind_a_queue_it_refuses_and_the_listener_goes_on(
     make_handler: MakeHandler,
     sink: MemorySink,
     logger: logging.Logger,
     monkeypatch: pytest.MonkeyPatch,
+    kind: type[logging.handlers.QueueListener],
 ) -> None:
-    """The error surfaces in the listener's thread; nothing is recorded as if it were in time."""
-    errors: queue.Queue[Any] = queue.Queue()
-    monkeypatch.setattr(threading, "excepthook", lambda args: errors.put(args.exc_value))
+    """The caller is gone: hook and stderr are told, and other handlers get their records."""
+    failures: list[Any] = []
+    shown: list[Any] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: shown.append(error))
     records: queue.Queue[Any] = queue.Queue()
     logger.addHandler(logging.handlers.QueueHandler(records))
-    listener = logging.handlers.QueueListener(records, make_handler(sink))
+    other: queue.Queue[Any] = queue.Queue()
+    audit = make_handler(sink, on_failure=failures.append)
+    listener = kind(records, audit, logging.handlers.QueueHandler(other))
     listener.start()
 
     logger.log(AUDIT, "x", extra={"action": "A"})
+    logger.warning("y")
 
-    assert isinstance(errors.get(timeout=HANG), AuditConfigurationError)
-    listener._thread = None  # it died of the error
+    assert [other.get(timeout=HANG).getMessage() for _ in "xy"] == ["x", "y"]
+    listener.stop()
+    (failure,) = failures
+    assert isinstance(failure, AuditConfigurationError)
+    assert shown == [failure]
+    assert "attach the AuditHandler to the logger itself" in str(failure)
     assert sink.lines == []
 
 
