@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -133,8 +132,4 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def eventually(condition: Callable[[], bool]) -> None:
     """Wait until something that another thread does has happened."""
-    for _ in range(2_000):
-        if condition():
-            return
-        time.sleep(0.005)
-    assert condition()
+    run_loop(until(condition))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import structlog
 from doubles import BrokenSink, HangingSink, begins, refusal
 from running import HANG, run_loop, until
 
@@ -17,6 +18,8 @@ from structlog_audit import (
     AuditHandler,
     AuditTimeoutError,
     AuditWriteError,
+    audit_log,
+    audit_processors,
 )
 
 MakeHandler = Callable[..., AuditHandler]
@@ -127,3 +130,54 @@ def test_a_timeout_block_around_a_call_waits_for_its_outcome(make_handler: MakeH
         assert len(sink.entries) == 1
 
     run_loop(work())
+
+
+def test_an_operation_cancelled_while_it_begins_is_abandoned(make_handler: MakeHandler) -> None:
+    """Its Begin is durable and its body never ran, so an outcome must tell."""
+    sink = HangingSink()
+    handler = make_handler(sink)
+    structlog.configure(processors=[*audit_processors(handler=handler)])
+
+    async def operate() -> None:
+        async with audit_log.operation(action="A"):
+            raise AssertionError("the body ran")
+
+    async def work() -> None:
+        sink.hang()
+        task = asyncio.create_task(operate())
+        await until(sink.entered.is_set)
+        task.cancel()
+        await asyncio.sleep(0.01)
+        sink.go_on()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run_loop(work())
+    handler.close()
+
+    assert [entry["event"] for entry in sink.entries] == ["Begin", "Abandon"]
+    assert len({entry["operationId"] for entry in sink.entries}) == 1
+
+
+def test_an_operation_cancelled_while_its_begin_fails_has_no_outcome(
+    make_handler: MakeHandler,
+) -> None:
+    """There is nothing in the log that it could end."""
+    sink = HangingSink()
+    handler = make_handler(sink, timeout=0.1)
+    structlog.configure(processors=[*audit_processors(handler=handler)])
+
+    async def work() -> None:
+        sink.hang()
+        task = asyncio.create_task(audit_log.operation(action="A").__aenter__())
+        await until(sink.entered.is_set)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        sink.go_on()
+        await until(lambda: handler._commits._since is None)
+
+    run_loop(work())
+    handler.close()
+
+    assert "Abandon" not in [entry["event"] for entry in sink.entries]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from doubles import BrokenSink, HangingSink, SmallSink, begins, refusal
 from reading import recorded
-from running import HANG, in_threads, run_loop, run_well, until
+from running import HANG, eventually, in_threads, run_loop, run_well, until
 
 from structlog_audit import (
     AuditConfigurationError,
@@ -33,11 +33,6 @@ from structlog_audit import (
 from structlog_audit.testing import MemorySink
 
 MakeHandler = Callable[..., AuditHandler]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for what happens in another thread."""
-    run_loop(until(condition))
 
 
 def actions(sink: MemorySink) -> list[str]:
@@ -63,7 +58,7 @@ def test_an_outcome_is_flushed_although_the_last_flush_had_to_be_put_off(
 
     handler.submit({"action": "Second"}, "Complete")
 
-    wait_until(lambda: "Second" in actions(sink))
+    eventually(lambda: "Second" in actions(sink))
 
 
 def test_a_failing_call_within_the_counting_of_a_failed_call_does_not_hang(
@@ -171,7 +166,7 @@ def test_the_longest_timeout_works_when_calls_meet(make_handler: MakeHandler) ->
     ]
     for waiter in waiters:
         waiter.start()
-    wait_until(lambda: len(handler._commits._queue) == 2)
+    eventually(lambda: len(handler._commits._queue) == 2)
 
     async def work() -> None:
         call = asyncio.ensure_future(handler.arecord({"action": "A"}))

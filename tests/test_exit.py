@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from reading import recorded
-from running import run_python, run_well
+from running import run_file, run_python, run_well
 
 SETUP = """
     import atexit, sys, threading
@@ -60,3 +60,63 @@ def test_an_operation_during_the_exit_keeps_its_outcome(script: str, audit_dir: 
     run_well(script, AUDIT_LOG_DIR=str(audit_dir))
 
     assert [e["event"] for e in recorded(audit_dir)] == ["Begin", "Complete"]
+
+
+LOST = """
+    import sys
+    from structlog_audit import AuditHandler, SinkError
+    from structlog_audit.testing import MemorySink
+
+    class Breaking(MemorySink):
+        def write(self, lines):
+            raise SinkError("it broke")
+
+    handler = AuditHandler(Breaking())
+    handler.submit({"action": "A"}, "Complete")
+"""
+
+
+def test_outcomes_that_are_lost_at_exit_are_told_of() -> None:
+    """Nobody closes the handler, so nobody catches what closing it raises."""
+    done = run_python(LOST)
+
+    assert "1 outcome" in done.stderr
+
+
+AFTER_FINALIZERS = (
+    SETUP
+    + """
+    import multiprocessing, multiprocessing.util, time
+
+    def outlive():
+        while not multiprocessing.util._exiting:
+            time.sleep(0.001)
+        time.sleep(0.3)
+        with audit_log.operation(action="Late"):
+            pass
+
+    def work():
+        if sys.argv[2] == "early":
+            audit_log.info(action="Early")
+        threading.Thread(target=outlive).start()
+
+    if __name__ == "__main__":
+        process = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+"""
+)
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_thread_that_outlives_the_finalizers_of_its_child_process_loses_no_outcome(
+    method: str, when: str, audit_dir: Path, tmp_path: Path
+) -> None:
+    """multiprocessing runs its finalizers, and only then waits for the threads."""
+    run_file(tmp_path / "main.py", AFTER_FINALIZERS, method, when, AUDIT_LOG_DIR=str(audit_dir))
+
+    told = [(entry["action"], entry["event"]) for entry in recorded(audit_dir)]
+    early = [("Early", "Record")] if when == "early" else []
+    assert sorted(told) == [*early, ("Late", "Begin"), ("Late", "Complete")]

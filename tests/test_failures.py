@@ -25,6 +25,7 @@ from structlog_audit import (
     SinkError,
     alarm,
 )
+from structlog_audit.sinks import _durable
 from structlog_audit.testing import FailingSink, MemorySink
 
 MakeHandler = Callable[..., AuditHandler]
@@ -326,3 +327,53 @@ def test_a_thousand_failing_calls_leave_no_files(
     assert begin["data"]["gap"]["failedCalls"] == 1_000
     assert entry["action"] == "B"
     assert [entry["action"] for entry in recorded(audit_dir.with_name("old"))] == ["A"]
+
+
+def test_an_error_holds_no_entries_of_those_who_shared_the_commit(
+    make_handler: MakeHandler,
+) -> None:
+    """Error trackers show the variables of each frame of a cause."""
+
+    class Raising(MemorySink):
+        def write(self, lines: Any) -> None:
+            try:
+                raise OSError(errno.EIO, "Input/output error")
+            except OSError as error:
+                raise refusal() from error
+
+    with pytest.raises(AuditWriteError) as caught:
+        make_handler(Raising()).record({"action": "A", "data": {"name": "Ada"}})
+
+    cause = caught.value.__cause__
+    assert isinstance(cause, SinkError)
+    assert isinstance(cause.__cause__, OSError)
+    assert (cause.__traceback__, cause.__cause__.__traceback__) == (None, None)
+
+
+def test_a_sink_that_raises_the_same_error_again_and_again(make_handler: MakeHandler) -> None:
+    """Python ties such errors into a ring of causes, which nobody may follow for ever."""
+    one, two = refusal(), refusal()
+    one.__cause__, two.__cause__ = two, one
+    handler = make_handler(BrokenSink(one))
+
+    for _ in range(3):
+        with pytest.raises(AuditWriteError):
+            handler.record({"action": "A"})
+
+
+def test_an_exception_of_a_signal_handler_is_not_taken_for_the_systems_answer(
+    handler: AuditHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watchdog raises `TimeoutError`, an `OSError`, when the bytes are in the file already."""
+    handler.record({"action": "Before"})
+    append = _durable.append
+
+    def interrupted(descriptor: int, data: bytes) -> int:
+        append(descriptor, data)
+        raise TimeoutError("the watchdog")
+
+    monkeypatch.setattr(_durable, "append", interrupted)
+    with pytest.raises(AuditWriteError) as caught:
+        handler.record({"action": "Cut"})
+
+    assert caught.value.persisted == "unknown"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,44 @@ def test_an_outcome_that_the_sink_never_takes_costs_no_other_at_close() -> None:
     sink.longest = 100_000
     handler.close()
     assert [entry["data"]["number"] for entry in sink.entries] == [0, 2, 1]
+
+
+def test_an_outcome_that_failed_is_written_soon_while_many_callers_are_busy(
+    make_handler: MakeHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lead goes from caller to caller; the helper must get its turn among them."""
+    monkeypatch.setattr(commit, "RETRY_DELAY", 0.01)
+    sink = BrokenSink(refusal())
+    handler = make_handler(sink)
+    handler.submit({"action": "Outcome"}, "Complete")
+    with contextlib.suppress(AuditWriteError):
+        handler.record({"action": "With it"})
+    sink.error = None
+    deadline = time.monotonic() + HANG
+
+    def work() -> bool:
+        while time.monotonic() < deadline:
+            handler.record({"action": "Busy"})
+            if any(b'"Outcome"' in line for line in sink.lines):
+                return True
+        return False
+
+    assert all(in_threads([work] * 8))
+
+
+def test_an_outcome_queued_as_the_interpreter_ends_is_written(make_handler: MakeHandler) -> None:
+    """The handler was closed for the last time in the instant between looking and queueing."""
+    sink = MemorySink()
+    handler = make_handler(sink)
+    handler.record({"action": "Before"})
+    queue = handler._commits.submit
+
+    def close_first(ticket: commit.Ticket) -> bool:
+        handler._sessions.exiting = True
+        handler.close()
+        return queue(ticket)
+
+    handler._commits.submit = close_first  # type: ignore[method-assign]
+    handler.submit({"action": "Last"}, "Complete")
+
+    assert [entry["action"] for entry in sink.entries] == ["Before", "Last"]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doubles import HangingSink
 from reading import ends, is_own, read_session, read_sessions, recorded
-from running import eventually, run_well
+from running import HANG, eventually, run_python, run_well
 
 from structlog_audit import (
     AuditConfigurationError,
@@ -61,12 +62,23 @@ def today() -> str:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["", "a/b", "../x", "a\\b", ".hidden", "a b", "a\nb", "a\0b", "ä", "a" * 65]
+    "prefix",
+    [5, None, b"audit", "", "a/b", "../x", "a\\b", ".hidden", "a b", "a\nb", "a\0b", "ä", "a" * 65],
 )
-def test_a_prefix_that_is_no_plain_name_is_refused(prefix: str, audit_dir: Path) -> None:
+def test_a_prefix_that_is_no_plain_name_is_refused(prefix: Any, audit_dir: Path) -> None:
     """Above all one with a path separator."""
     with pytest.raises(AuditConfigurationError, match="prefix"):
         FileSink(audit_dir, prefix)
+
+
+def test_a_directory_may_be_given_as_bytes(audit_dir: Path) -> None:
+    """As `os.fsencode` and others give it."""
+    handler = AuditHandler(FileSink(os.fsencode(audit_dir)))  # type: ignore[arg-type]
+
+    handler.record({"action": "A"})
+    handler.close()
+
+    assert len(recorded(audit_dir)) == 1
 
 
 @posix
@@ -331,6 +343,44 @@ def test_a_lost_handler_warns_and_ends_its_session(audit_dir: Path) -> None:
 
     eventually(lambda: ends(audit_dir) == ["closed"])
     assert [entry["action"] for entry in recorded(audit_dir)] == ["A", "B"]
+
+
+def test_a_lost_handler_is_ended_although_warnings_are_errors(audit_dir: Path) -> None:
+    """`python -W error`."""
+    run_python(
+        """
+        import sys, warnings
+        from structlog_audit import AuditHandler, FileSink
+        warnings.simplefilter("error")
+        lost = AuditHandler(FileSink(sys.argv[1]))
+        lost.submit({"action": "A"}, "Complete")
+        del lost
+        """,
+        audit_dir,
+    )
+
+    assert [entry["action"] for entry in recorded(audit_dir)] == ["A"]
+    assert ends(audit_dir) == ["closed"]
+
+
+def test_a_lost_handler_whose_sink_hangs_does_not_stop_whoever_lost_it() -> None:
+    """The collector may strike in any thread; the helper waits instead."""
+    sink = HangingSink()
+    lost: Any = AuditHandler(sink)
+    sink.hang()
+    lost.submit({"action": "A"}, "Complete")
+    assert sink.entered.wait(HANG)
+
+    def lose() -> None:
+        nonlocal lost
+        del lost
+
+    with pytest.warns(ResourceWarning, match="not closed"):
+        lose()
+    assert sink.entries == []
+    sink.go_on()
+
+    eventually(lambda: len(sink.lines) == 3)  # Begin, A, Complete
 
 
 def test_a_handler_says_where_it_stands(handler: AuditHandler, audit_dir: Path) -> None:

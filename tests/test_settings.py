@@ -69,6 +69,10 @@ def test_each_variable_is_read(variable: str, text: str, attribute: str, value: 
         ("MAX_BYTES", "-1"),
         ("MAX_BYTES", "1T"),
         ("MAX_BYTES", "many"),
+        ("MAX_BYTES", "9" * 400),
+        ("MAX_AGE", "9" * 400),
+        ("LOW_SPACE", "9" * 400),
+        ("LOW_SPACE", "9" * 400 + "%"),
         ("MAX_AGE", "1w"),
         ("MAX_AGE", "1e3"),
         ("TIMEOUT", "none"),
@@ -274,3 +278,24 @@ def test_a_hook_given_with_the_processors_is_told(make_handler: MakeHandler) -> 
         audit_log.info()
 
     assert len(told) == 1
+
+
+def test_a_signal_that_audits_while_the_settings_are_read_does_not_hang(
+    audit_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It interrupts the very thread that holds the lock."""
+    monkeypatch.setenv("AUDIT_LOG_DIR", str(audit_dir))
+    read = Settings.from_environ
+    within: list[AuditHandler] = []
+
+    def interrupted() -> Settings:
+        if not within:
+            within.append(None)  # type: ignore[arg-type]
+            within[0] = audit_handler()
+        return read()
+
+    monkeypatch.setattr(Settings, "from_environ", interrupted)
+
+    (outside,) = in_threads([audit_handler])
+
+    assert within == [outside]

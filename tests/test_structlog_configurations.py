@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable
@@ -341,3 +342,27 @@ def test_a_generated_field_cannot_be_set(name: str, ours: list[Any]) -> None:
         audit_log.info(action="OrderDelete", **{name: "forged"})
     with pytest.raises(Exception, match=f"{name} cannot be set"):
         audit_log.bind(**{name: "forged"})
+
+
+def test_a_processor_that_copies_the_event_dict_deeply(ours: list[Any], audit_dir: Path) -> None:
+    """The call in it is the same one: it knows that it was recorded."""
+    structlog.configure(processors=[lambda logger, name, event: copy.deepcopy(event), *ours])
+
+    receipt = audit_log.info(action="A", roles=["admin"])
+
+    (entry,) = recorded_now(audit_dir)
+    assert entry["sequence"] == receipt.sequence
+    assert entry["data"] == {"roles": ["admin"]}
+
+
+def test_a_logger_factory_that_wants_a_name(ours: list[Any], audit_dir: Path) -> None:
+    """As `logging.getLogger`-like factories of others do."""
+
+    def factory(name: str) -> logging.Logger:
+        return logging.getLogger(name)
+
+    structlog.configure(processors=ours, logger_factory=factory)
+
+    audit_log.info(action="A")
+
+    assert len(recorded_now(audit_dir)) == 1
