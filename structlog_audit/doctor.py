@@ -21,12 +21,12 @@ from typing import Any
 import orjson
 import structlog
 
+from structlog_audit.disk import bare_file, file_system, percentiles
 from structlog_audit.exceptions import AuditConfigurationError, AuditError
 from structlog_audit.handler import AuditHandler
 from structlog_audit.logger import audit_log
 from structlog_audit.processors import RouteAudit, check_order
 from structlog_audit.settings import Settings
-from structlog_audit.sinks import _durable
 from structlog_audit.sinks.file import FileSink
 from structlog_audit.testing import capture_audit
 
@@ -34,8 +34,6 @@ SAMPLES = 50
 SAMPLE_BYTES = 500
 RATE_DAYS = 7
 
-_IN_MEMORY = {"tmpfs", "ramfs"}
-_ELSEWHERE = {"nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "fuse", "fuseblk", "fuse.sshfs"}
 _TOO_EARLY = {
     "filter_by_level": "drops entries by level",
     "ConsoleRenderer": "renders",
@@ -281,56 +279,6 @@ def _user(number: int) -> str:
         return str(number)
 
 
-def file_system(path: str) -> dict[str, Any]:
-    """Tell what file system a path is on, and what a sync means there.
-
-    Args:
-        path: an existing file or directory.
-
-    Returns:
-        `type`, `mount`, `durable` (False where a sync means nothing) and `meaning`.
-    """
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-            mounts = [_mount(line) for line in lines]
-    except OSError:
-        return {
-            "type": "unknown",
-            "mount": "",
-            "durable": True,
-            "meaning": "an unknown file system",
-        }
-    real = os.path.realpath(path)
-    inside = [m for m in mounts if real == m[0] or real.startswith(m[0].rstrip("/") + "/")]
-    mount, kind, options = max(enumerate(inside), key=lambda m: (len(m[1][0]), m[0]))[1]
-    durable, meaning = _meaning(kind, options)
-    return {"type": kind, "mount": mount, "durable": durable, "meaning": meaning}
-
-
-def _mount(line: str) -> tuple[str, str, str]:
-    before, _, after = line.partition(" - ")
-    point = before.split()[4].encode().decode("unicode_escape")
-    kind, _, options = after.split(" ", 2)
-    return point, kind, options.strip()
-
-
-def _meaning(kind: str, options: str) -> tuple[bool, str]:
-    if kind in _IN_MEMORY:
-        return False, f"{kind}: it lives in memory, a sync means nothing, a restart loses all"
-    if kind == "overlay":
-        parts = [part.partition("=") for part in options.split(",")]
-        given = {name: value for name, _, value in parts}
-        if "volatile" in given:
-            return False, "overlay mounted volatile: a sync does nothing"
-        upper = given.get("upperdir", "")
-        if os.path.isdir(upper) and not file_system(upper)["durable"]:
-            return False, "overlay whose upper directory lives in memory: a sync means nothing"
-        return True, "overlay: files vanish with the container; use a volume"
-    if kind in _ELSEWHERE:
-        return True, f"{kind}: a sync is as good as the server behind it"
-    return True, f"{kind}: a sync reaches the device, as far as the device is honest"
-
-
 def _sessions(sink: FileSink) -> tuple[dict[str, Any], float]:
     """Return what is known of the session files, and the bytes written in a day."""
     now = time.time()
@@ -368,29 +316,7 @@ def _state(path: str) -> str:
 
 def _measure(sink: FileSink, report: Report) -> None:
     """Write and sync a number of times, as a session would."""
-    name = f".{sink.prefix}-doctor-{os.getpid()}"
     line = b"x" * (SAMPLE_BYTES - 1) + b"\n"
-    base = _durable.open_directory(sink.directory)
-    times: list[int] = []
-    try:
-        descriptor = _durable.create(sink.directory, base, name)
-        try:
-            for _ in range(SAMPLES):
-                start = time.perf_counter_ns()
-                if _durable.append(descriptor, line) != len(line):
-                    raise AuditConfigurationError(f"short write in {sink.directory}: it is full")
-                _durable.sync(descriptor)
-                times.append(time.perf_counter_ns() - start)
-        finally:
-            _durable.close(descriptor)
-            _durable.remove(sink.directory, base, name)
-    except OSError as error:
-        raise AuditConfigurationError(
-            f"cannot write to {sink.directory}: {error.strerror}"
-        ) from error
-    finally:
-        _durable.close(base)
-    times.sort()
-    report.latency = {"p50_us": round(times[SAMPLES // 2] / 1000, 1),
-                      "p99_us": round(times[SAMPLES * 99 // 100] / 1000, 1),
-                      "samples": SAMPLES, "bytes": SAMPLE_BYTES}  # fmt: skip
+    with bare_file(sink.directory, f".{sink.prefix}-doctor-{os.getpid()}") as file:
+        times = [sum(file.write(line)) for _ in range(SAMPLES)]
+    report.latency = {**percentiles(times), "samples": SAMPLES, "bytes": SAMPLE_BYTES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from structlog_audit import bench
 
 pytest.importorskip("click", reason="the command line is an extra")
 
@@ -276,3 +279,45 @@ def test_without_its_extra_the_command_says_what_to_install(tmp_path: Path) -> N
     done = run("doctor", cwd=tmp_path, PYTHONPATH=paths)
     assert done.returncode == 2
     assert "pip install 'structlog-audit[cli]'" in done.stderr
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_bench_measures_a_disk_and_leaves_no_trace(
+    as_json: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All figures are there, and nothing else is afterwards."""
+    from click.testing import CliRunner
+
+    from structlog_audit import cli
+
+    shorter = functools.partial(bench.run_bench, seconds=0.05)
+    monkeypatch.setattr(cli, "run_bench", shorter)
+    monkeypatch.setenv("AUDIT_LOG_DIR", str(tmp_path))
+
+    done = CliRunner().invoke(cli.cli, ["bench", "--json"] if as_json else ["bench"])
+
+    assert done.exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+    if not as_json:
+        assert "64 threads" in done.stdout
+        assert "A sync takes" in done.stdout or "Not durable" in done.stdout
+        return
+    result = json.loads(done.stdout)
+    assert result["directory"] == str(tmp_path)
+    assert 400 < result["bytes"] < 600
+    for times in (result["sync"], result["floor"], result["call"]):
+        assert 0 < times["p50_us"] <= times["p99_us"] <= times["max_us"]
+    assert sorted(result["rates"]) == ["1", "64", "8"]
+    assert all(rate > 0 for rate in result["rates"].values())
+
+
+def test_bench_without_a_directory_says_what_to_name(tmp_path: Path) -> None:
+    """No directory, one that is not there, one that is a file: two lines, no traceback."""
+    (tmp_path / "file").touch()
+    for arguments in ([], ["missing"], ["file"]):
+        done = run("bench", *arguments, cwd=tmp_path)
+
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert "hint: name one" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

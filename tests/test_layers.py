@@ -12,12 +12,12 @@ import structlog_audit
 
 ROWS = [
     "exceptions _version values context chain sinks.__init__ sinks._base sinks._durable",
-    "entry alarm helper",
+    "entry alarm helper disk",
     "call commit sinks.file sinks.console",
     "session processors operation",
     "handler logger",
     "settings testing",
-    "doctor demo _pytest",
+    "doctor demo bench _pytest",
     "cli",
     "__init__ __main__",
 ]

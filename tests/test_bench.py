@@ -1,0 +1,80 @@
+"""What `structlog-audit bench` says of a disk, and what it does when the disk fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import structlog
+
+from structlog_audit import AuditConfigurationError, AuditWriteError, bench, disk
+from structlog_audit.sinks import _durable
+
+
+@pytest.mark.parametrize(
+    ("durable", "sync", "words"),
+    [
+        (False, 0.5, "Not durable: tmpfs, said the test"),
+        (True, 0.5, "acknowledges without writing"),
+        (True, 60.0, "flash with a cache that is protected"),
+        (True, 4_000.0, "without a protected cache"),
+    ],
+)
+def test_the_verdict_is_plain(durable: bool, sync: float, words: str) -> None:
+    """What a sync means there comes first."""
+    times = {"p50_us": sync, "p99_us": sync, "max_us": sync}
+    system = {"durable": durable, "meaning": "tmpfs, said the test"}
+    result = bench.Bench("/x", system, sync=times, floor=times, call=times, rates={1: 1e3, 8: 5e3})
+
+    first, longer, most = bench._verdict(result)
+
+    assert words in first
+    assert f"{sync / 1000:,.2f} ms longer" in longer
+    assert most.endswith("1: 1,000; 8: 5,000.")
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_a_disk_that_fails_meanwhile_is_told_of(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever thread it happens; nothing stays behind."""
+    calls = 0
+
+    def fail(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 200:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(_durable, "sync", fail)
+    monkeypatch.setattr(bench, "THREADS", (threads,))
+
+    with pytest.raises((AuditWriteError, AuditConfigurationError), match="Input/output error"):
+        bench.run_bench(str(tmp_path), seconds=0.01)
+
+    structlog.reset_defaults()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bare file takes a part of a line."""
+    monkeypatch.setattr(_durable, "append", lambda descriptor, data: os.write(descriptor, data[:9]))
+
+    with (
+        pytest.raises(AuditConfigurationError, match="short write"),
+        disk.bare_file(str(tmp_path), "bare") as file,
+    ):
+        file.write(b"0123456789")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_ends_at_the_end(tmp_path: Path) -> None:
+    """It only grows."""
+    parts: list[float] = []
+
+    bench.run_bench(str(tmp_path), parts.append, seconds=0.05)
+
+    assert parts == sorted(parts)
+    assert parts[-1] == 1.0
