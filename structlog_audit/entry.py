@@ -20,7 +20,15 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from structlog_audit.exceptions import AuditConfigurationError, AuditEntryError
-from structlog_audit.values import Marker, cut_marker, cut_text, is_plain, plain, well_formed
+from structlog_audit.values import (
+    Copied,
+    Marker,
+    cut_marker,
+    cut_text,
+    is_plain,
+    plain,
+    well_formed,
+)
 
 AUDIT = 35
 """The level of audit entries; pino's documentation uses it as its example of a custom level."""
@@ -214,7 +222,7 @@ class Renderer:
     def _body(self, out: dict[str, Any], data: Mapping[Any, Any]) -> bytes:
         """Return all that the caller decides on as JSON, no longer than there is room for."""
         room = self.max_entry_bytes - TAIL_BYTES - 64 - len(self._static)
-        if type(data) is dict and is_plain(data, room):
+        if (type(data) is dict or type(data) is Copied) and is_plain(data, room):
             out["data"] = data
             with contextlib.suppress(orjson.JSONEncodeError):  # lone surrogates
                 body = orjson.dumps(out)

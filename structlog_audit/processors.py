@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -190,6 +190,7 @@ class Redact:
     ) -> None:
         self._remove = _Names(names)
         self._match = _Names(hmac_names)
+        self._either = _Names([*self._remove.given, *self._match.given])
         self._values = tuple(values)
         self._key = hmac_key
         if not all(map(_is_text_pattern, self._values)):
@@ -217,6 +218,11 @@ class Redact:
         if key in FIELDS or key == "event":
             return self.text(value) if isinstance(value, str) else value
         return plain(value, rule=self)
+
+    @property
+    def hides(self) -> Callable[[str], bool] | None:
+        """Tells the names whose values are hidden; None if texts are looked at as well."""
+        return None if self._values else self._either.covers
 
     def value(self, key: str, value: object) -> Marker | None:
         """Return what stands for the value under this name, or None to keep it."""
@@ -256,7 +262,7 @@ class _Names:
     def __init__(self, names: Iterable[str | re.Pattern[str]]) -> None:
         if isinstance(names, (str, bytes)):
             raise AuditConfigurationError("Redact: names must be a list of names, not one text")
-        listed = list(names)
+        self.given = listed = list(names)
         if not all(isinstance(name, str) or _is_text_pattern(name) for name in listed):
             raise AuditConfigurationError("Redact: names are texts or compiled patterns for text")
         self._words = frozenset("".join(_words(n)) for n in listed if isinstance(n, str))
@@ -271,7 +277,7 @@ class _Names:
         return len(self._words) + len(self._patterns)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Names, ([*self._words, *self._patterns],)
+        return _Names, (self.given,)
 
     def _covers(self, key: str) -> bool:
         words = _words(key[:256])

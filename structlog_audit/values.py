@@ -16,13 +16,14 @@ import enum
 import fractions
 import hashlib
 import ipaddress
+import marshal
 import math
 import numbers
 import pathlib
 import re
 import traceback
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Any, Protocol
@@ -41,6 +42,7 @@ _NODE_WEIGHT = 64
 _SHARE = 64 * 1024  # of its weight that every value beside a huge one can count on
 _HASHED_PART = 16  # hashing a byte costs a small part of copying it
 _SMALL = frozenset({int, bool, float, type(None)})
+_LOOK = 2**16  # characters of a mapping that are looked through before it is copied instead
 _SHORT = 1_000  # texts up to here need no further look
 
 _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1  # what orjson writes; measured with 3.13.0
@@ -55,12 +57,20 @@ class Marker(dict[str, Any]):
         super().__init__({_MARK: what, **details})
 
 
-class _Copied(dict[str, Any]):
+class Copied(dict[str, Any]):
     """A mapping that was copied before, by a redaction: its keys are escaped already."""
+
+
+_MAPPINGS = (dict, Copied, Marker)
 
 
 class Rule(Protocol):
     """What must not reach the log; see `structlog_audit.Redact`."""
+
+    @property
+    def hides(self) -> Callable[[str], bool] | None:
+        """Tells the names whose values it hides; None if it looks at texts as well."""
+        ...
 
     def value(self, key: str, value: object) -> Marker | None:
         """Return what stands for the value under this key, or None to keep the value."""
@@ -71,14 +81,17 @@ class Rule(Protocol):
         ...
 
 
-def is_plain(value: dict[Any, Any], budget: int) -> bool:
+def is_plain(
+    value: dict[Any, Any], budget: int, hides: Callable[[str], bool] | None = None
+) -> bool:
     """Tell whether orjson writes a value as it would write `plain(value)`; most need no copy.
 
     Lone surrogates are not looked for: orjson refuses them.
 
     Args:
-        value: an exact `dict`.
+        value: an exact `dict` or `Copied`.
         budget: characters and elements to look at before giving up, which also ends cycles.
+        hides: tells which names' values a rule would hide; any of those makes a copy necessary.
     """
     level: list[Any] = [value]
     try:
@@ -86,11 +99,18 @@ def is_plain(value: dict[Any, Any], budget: int) -> bool:
             below: list[Any] = []
             for container in level:
                 budget -= len(container)
-                if type(container) is dict:
+                kind = type(container)
+                if kind in _MAPPINGS:
                     for key in container:
-                        if type(key) is not str or len(key) > MAX_KEY or "$" in key:
+                        if type(key) is not str or len(key) > MAX_KEY:
                             return False
+                        if "$" in key and kind is dict:
+                            return False
+                    if hides is not None and any(map(hides, container)):
+                        return False
                     container = container.values()  # noqa: PLW2901
+                elif hides is not None and _is_hidden_pair(container, hides):
+                    return False
                 for item in container:
                     kind = type(item)
                     if kind is str:
@@ -103,6 +123,8 @@ def is_plain(value: dict[Any, Any], budget: int) -> bool:
                     elif kind is float:
                         if not math.isfinite(item):
                             return False
+                    elif kind is Copied or kind is Marker:
+                        below.append(item)
                     elif item is not None and kind is not bool:
                         return False
                 if budget < 0:
@@ -113,6 +135,10 @@ def is_plain(value: dict[Any, Any], budget: int) -> bool:
     except RuntimeError:  # another thread changes it at this moment
         pass
     return False
+
+
+def _is_hidden_pair(items: Sequence[Any], hides: Callable[[str], bool]) -> bool:
+    return len(items) == 2 and type(items[0]) is str and hides(items[0])
 
 
 def plain(value: object, *, rule: Rule | None = None, max_text: int = MAX_WEIGHT) -> Any:
@@ -208,10 +234,11 @@ def _type_name(kind: type) -> str:
 class _Copy:
     """One copy of one value: holds what is left of its weight and the path down to here."""
 
-    __slots__ = ("_kept", "_left", "_max_text", "_path", "_rule")
+    __slots__ = ("_hides", "_kept", "_left", "_max_text", "_path", "_rule")
 
     def __init__(self, rule: Rule | None, max_text: int) -> None:
         self._rule = rule
+        self._hides = None if rule is None else rule.hides
         self._max_text = max_text
         self._left = MAX_WEIGHT
         self._kept = 0
@@ -232,7 +259,10 @@ class _Copy:
             return value if math.isfinite(value) else Marker("float", text=repr(value))
         if kind is Marker:
             return value
-        if kind is dict or kind is _Copied:
+        if kind is dict or kind is Copied:
+            whole = None if self._hides is None else self._copy_whole(value, self._hides)
+            if whole is not None:
+                return whole
             return self._inside(value, depth, self._mapping)
         if kind is list or kind is tuple:
             return self._inside(value, depth, self._array)
@@ -240,6 +270,20 @@ class _Copy:
             return self._container(value, depth)
         except Exception as error:  # noqa: BLE001 - foreign code may raise anything
             return Marker("unreadable", type=_type_name(kind), error=_type_name(type(error)))
+
+    def _copy_whole(self, value: dict[Any, Any], hides: Callable[[str], bool]) -> Any:
+        """Copy a mapping in which there is nothing to change, fast; None if there is something.
+
+        It is looked through once more as a copy, which no other thread can change.
+        """
+        most = min(self._left, _LOOK)
+        if not is_plain(value, most, hides):
+            return None
+        try:
+            copy = marshal.loads(marshal.dumps(value))  # noqa: S302 - our own, of this instant
+        except (ValueError, RuntimeError):  # another thread changed it
+            return None
+        return copy if is_plain(copy, most, hides) else None
 
     def _text(self, text: str) -> Any:
         if self._rule is not None:
@@ -290,8 +334,8 @@ class _Copy:
 
     def _mapping(self, value: Mapping[Any, Any], depth: int) -> Any:
         pairs = self._take(value.items(), value)
-        out: dict[str, Any] = {} if self._rule is None else _Copied()
-        escaped = type(value) is _Copied
+        out: dict[str, Any] = {} if self._rule is None else Copied()
+        escaped = type(value) is Copied
         for count, (key, item) in enumerate(pairs):
             if depth == 1 and (self._left <= 0 or type(item) not in _SMALL):
                 self._set_aside(len(pairs) - count - 1)

@@ -9,6 +9,7 @@ import enum
 import hashlib
 import hmac
 import io
+import marshal
 import pickle
 import re
 import types
@@ -26,6 +27,7 @@ from structlog_audit import (
     Redact,
     audit_log,
     audit_processors,
+    values,
 )
 from structlog_audit.testing import MemorySink
 
@@ -334,3 +336,31 @@ def test_a_repr_without_a_covered_name_is_kept(log: Log) -> None:
     value = types.SimpleNamespace(user="ada", keyboard=1)
 
     assert log.data(value=value)["value"]["repr"] == "namespace(user='ada', keyboard=1)"
+
+
+def test_a_redaction_is_of_one_instant(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread adds a secret after the look at a mapping, and before its copy."""
+    shared: dict[str, Any] = {"user": "ada"}
+    dump = marshal.dumps
+
+    def dumps(value: object) -> bytes:
+        shared["password"] = "hunter2"
+        return dump(value)
+
+    monkeypatch.setattr(values.marshal, "dumps", dumps)  # type: ignore[attr-defined]
+
+    assert log.data(shared=shared) == {"shared": {"user": "ada", "password": REDACTED}}
+
+
+def test_a_redaction_goes_on_while_others_change_a_mapping(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be copied as a whole at this instant."""
+
+    def dumps(value: object) -> bytes:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(values.marshal, "dumps", dumps)  # type: ignore[attr-defined]
+
+    assert log.data(inner={"a": 1, "pin": 2}) == {"inner": {"a": 1, "pin": REDACTED}}
+    assert log.data(inner={"a": 1}) == {"inner": {"a": 1}}
