@@ -415,7 +415,7 @@ class GroupCommit:
     def _hand_over(self, own: Ticket) -> None:
         """Pass the lead to the first who waits, or give it up when nobody does."""
         while self._owns(own):
-            first = self._first_waiting(own)
+            first = self._first_waiting(own) if self._queue else None
             if first is not None and first.gate is not None:
                 own.heir = first
                 self._since = monotonic()
@@ -429,7 +429,7 @@ class GroupCommit:
             own.heir = self._since = None
             self._leader.pop(_LEAD, None)  # a child that was forked just here has none
             # from here on others may claim it; who tried before is in the queue
-            first = self._first_waiting(own)
+            first = self._first_waiting(own) if self._queue else None
             if first is None:
                 return
             if first.future is not None and self._order(0.0):
@@ -438,7 +438,7 @@ class GroupCommit:
                 self._commit_next(own)  # no helper can be had; this is no event loop
 
     def _first_waiting(self, own: Ticket) -> Ticket | None:
-        for ticket in list(self._queue) if self._queue else ():
+        for ticket in list(self._queue):
             if not (ticket.outcome or ticket.gone or ticket is own):
                 return ticket
         return None

@@ -152,6 +152,8 @@ class AuditLogger:
             processors = _captured(processors)
         try:
             for processor in processors:
+                if type(processor) is RouteAudit and processor.take(METHOD, event_dict):
+                    break
                 event_dict = processor(wrapped, METHOD, event_dict)
         except DropEvent:
             if call.delivered:

@@ -7,7 +7,7 @@ import hmac
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 from structlog.contextvars import get_contextvars
 from structlog.exceptions import DropEvent
@@ -93,10 +93,25 @@ class RouteAudit:
             DropEvent: the entry was recorded; the chain ends here for it.
             AuditError: it was not.
         """
-        call = audit_call(method_name, event_dict)
-        return event_dict if call is None else self._deliver(call, event_dict)
+        if self.take(method_name, event_dict):
+            raise DropEvent
+        return event_dict
 
-    def _deliver(self, call: Call, event_dict: EventDict) -> NoReturn:
+    def take(self, method_name: str, event_dict: EventDict) -> bool:
+        """Record an audit entry like a call does, without an exception to end the chain.
+
+        Returns:
+            Whether it was an audit entry.
+
+        Raises:
+            AuditError: it was not recorded.
+        """
+        call = audit_call(method_name, event_dict)
+        if call is not None:
+            self._deliver(call, event_dict)
+        return call is not None
+
+    def _deliver(self, call: Call, event_dict: EventDict) -> None:
         data = event_dict.get("data")
         taken: Any = data if isinstance(data, Mapping) else ()
         entry = dict(event_dict)
@@ -108,7 +123,6 @@ class RouteAudit:
         if call.described and "event" in event_dict:
             _describe(entry, event_dict["event"])
         call.deliver(self.handler, entry)
-        raise DropEvent
 
 
 def _take_out(key: str, entry: dict[str, Any]) -> None:
