@@ -163,8 +163,8 @@ def _throughput(plan: Plan, slow: int, counts: Sequence[int]) -> tuple[list[Any]
 
 
 def _enough(plan: Plan, count: int, slow: int) -> int:
-    """Return calls for a round: at least some for each thread, and not for minutes."""
-    return max(plan.calls * (1 if slow else 4), 8 * count if plan.calls > 10 else count)
+    """Return calls for a round: so many that beginning and end do not count, not for minutes."""
+    return max(plan.calls * (1 if slow else 4), 25 * count if plan.calls > 10 else count)
 
 
 _COLUMNS = ("", "floor, one by one, /s", "ours, /s", "ours / floor", "p99 wait / two syncs")

@@ -2,7 +2,9 @@
 
 1. Callers append a ticket to the queue. The first to find nobody leading leads.
 2. The leader takes everything that is waiting, commits it, hands the lead to whoever arrived
-   meanwhile, and only then wakes those whose tickets it carried.
+   meanwhile, and only then wakes those whose tickets it carried. If the sink tells when it only
+   waits (`sent`), the next leader wakes them at that instant: before, they would get in its way at
+   the interpreter's lock, and no disk would be busy meanwhile.
 3. There is no timer and no background thread for blocking callers. Async callers must not do
    system calls on the event loop, and outcomes have no caller to do them: for these, and only
    once there is one, a helper thread leads.
@@ -79,6 +81,7 @@ class Ticket:
         self.head = head
         self.outcome = outcome
         self.carried: list[Ticket] = []  # while it leads
+        self.sleepers: list[Ticket] = []  # settled by who led before it, and to be woken by it
 
     @property
     def settled(self) -> bool:
@@ -123,7 +126,12 @@ class GroupCommit:
             called by one thread at a time, now and then with an empty batch.
         lose: told of an outcome that is given up: the sink takes others, and not this one.
         timeout: longest wait in seconds.
+
+    Attributes:
+        tells_sent: whether `sent` is called in each commit.
     """
+
+    tells_sent = False
 
     def __init__(
         self,
@@ -195,6 +203,13 @@ class GroupCommit:
     def nudge(self) -> None:
         """Have the helper commit soon, even an empty batch; safe in a signal handler."""
         self._order(0.0)
+
+    def sent(self) -> None:
+        """Wake those whose tickets are settled: the leader's system call goes on without it."""
+        leader = self._leader.get(_LEAD)
+        if leader is not None and leader.sleepers:
+            _wake_all(leader.sleepers)
+            leader.sleepers = []
 
     def close(self, finish: Callable[[], None]) -> int:
         """Take the lead, commit what is queued, then call `finish` before anybody else leads.
@@ -271,7 +286,7 @@ class GroupCommit:
             self._withdraw(ticket)
         if self._owns(ticket) and ticket.take_baton():
             self._leave(ticket)
-        elif ticket.heir is not None or ticket.carried:
+        elif ticket.heir is not None or ticket.carried or ticket.sleepers:
             _open_gate(ticket.heir)
             _wake(ticket)
 
@@ -303,7 +318,9 @@ class GroupCommit:
             return
         taken = not self._withdraw(ticket)
         ticket.gone = True
-        if not ticket.settled:
+        if ticket.settled:
+            future.set_result(None)
+        else:
             future.set_exception(Stuck(taken=taken))
 
     def _withdraw(self, ticket: Ticket) -> bool:
@@ -419,10 +436,13 @@ class GroupCommit:
             if first is not None and first.gate is not None:
                 own.heir = first
                 self._since = monotonic()
+                first.sleepers = own.carried if self.tells_sent else []
                 self._leader[_LEAD] = first
                 _open_gate(first)
                 if not first.gone or not first.take_baton():
                     own.heir = None
+                    if self.tells_sent:
+                        own.carried = []
                     return
                 self._leader[_LEAD] = own  # it gave up in this instant
                 continue
@@ -521,16 +541,20 @@ def _open_gate(ticket: Ticket | None) -> None:
 
 
 def _wake(own: Ticket) -> None:
-    """Wake the callers of the tickets that were carried."""
+    """Wake the callers of the tickets that were carried, and those who sleep still."""
+    _wake_all([ticket for ticket in own.sleepers + own.carried if ticket is not own])
+    own.carried, own.sleepers = [], []
+
+
+def _wake_all(tickets: list[Ticket]) -> None:
     futures: list[asyncio.Future[None]] = []
-    for ticket in own.carried:
+    for ticket in tickets:
         if ticket.future is not None:
             futures.append(ticket.future)
-        elif ticket is not own:
+        else:
             _open_gate(ticket)
     if futures:
         _wake_loops(futures)
-    own.carried = []
 
 
 def _wake_loops(futures: list[asyncio.Future[None]]) -> None:

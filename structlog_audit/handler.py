@@ -113,6 +113,9 @@ class AuditHandler(logging.Handler):
             sink, self._renderer, self._alarm, max_bytes=max_bytes, max_age=max_age
         )
         self._commits = GroupCommit(self._sessions.commit, self._sessions.lose, timeout)
+        if hasattr(sink, "on_sent"):
+            sink.on_sent = self._commits.sent
+            self._commits.tells_sent = True
         lost = weakref.finalize(self, _forget, self._commits, self._sessions)
         lost.atexit = False  # _close_all closes those that live to the end
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from running import HANG
@@ -54,6 +54,24 @@ class HangingSink(MemorySink):
     def write(self, lines: Sequence[bytes]) -> None:
         self.entered.set()
         assert self.gate.wait(HANG)
+        super().write(lines)
+
+
+class SendingSink(MemorySink):
+    """Confirms a write for each permit; says before it waits that the lines are sent, or not."""
+
+    def __init__(self, *, tells: bool) -> None:
+        super().__init__()
+        self.on_sent: Callable[[], None] | None = None
+        self.permits = threading.Semaphore(0)
+        self.writes = 0
+        self._tells = tells
+
+    def write(self, lines: Sequence[bytes]) -> None:
+        self.writes += 1
+        if self._tells and self.on_sent is not None:
+            self.on_sent()
+        assert self.permits.acquire(timeout=HANG)
         super().write(lines)
 
 

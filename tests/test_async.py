@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ from typing import Any
 import pytest
 import structlog
 from doubles import BrokenSink, CountingSink, HangingSink, begins, refusal
+from faults.runner import needs
 from reading import read_lines, recorded
-from running import HANG, in_threads, run_loop, until
+from running import HANG, environment, in_threads, run_loop, until
 
 from structlog_audit import (
     AuditEntryError,
@@ -247,3 +251,36 @@ def test_a_call_while_the_same_thread_holds_no_loop_raises(make_handler: MakeHan
 
     with pytest.raises(RuntimeError, match="no running event loop"):
         coroutine.send(None)
+
+
+TASKS = """
+    import asyncio, os, sys
+    from structlog_audit import AuditHandler, FileSink
+
+    async def main():
+        handler = AuditHandler(FileSink(sys.argv[1]))
+        await asyncio.gather(*(handler.arecord({"action": "A", "n": n}) for n in range(1_000)))
+
+    asyncio.run(main())
+    os._exit(0)  # without closing, which is this thread's
+"""
+
+
+@pytest.mark.fault
+def test_the_loops_own_thread_makes_no_system_call_on_the_audit_log(
+    audit_dir: Path, tmp_path: Path
+) -> None:
+    """A thousand tasks: directory, file, writes and syncs are all the helper's."""
+    needs("strace")
+    trace = tmp_path / "trace"
+    command = ["strace", "-f", "-y", "-qq", "-e", "trace=%file,%desc", "-o", str(trace)]
+    script = [sys.executable, "-c", textwrap.dedent(TASKS), str(audit_dir)]
+
+    subprocess.run([*command, *script], check=True, timeout=HANG, env=environment())
+
+    lines = trace.read_text(errors="replace").splitlines()
+    loop = lines[0].split()[0]
+    ours = [line for line in lines if str(audit_dir) in line and " execve(" not in line]
+    assert len(recorded(audit_dir)) == 1_000
+    assert any("fdatasync" in line for line in ours)
+    assert [line for line in ours if line.split()[0] == loop] == []

@@ -6,13 +6,14 @@ import hashlib
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from doubles import BrokenSink, CountingSink, HangingSink, begins
+from doubles import BrokenSink, CountingSink, HangingSink, SendingSink, begins
 from reading import read_lines, read_sessions, recorded
-from running import HANG, in_threads
+from running import HANG, eventually, in_threads, run_loop
 
 from structlog_audit import (
     AuditEntryError,
@@ -274,3 +275,34 @@ def test_closing_among_threads_loses_nothing(handler: AuditHandler, audit_dir: P
 
     assert sum(len(answer) for answer in answers[:6]) == 120
     assert len(recorded(audit_dir)) == 120
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_who_is_durable_returns_although_the_next_commit_hangs(
+    make_handler: MakeHandler, tells: bool
+) -> None:
+    """The next leader wakes them when its lines are sent; before, they wake at their time-out."""
+    sink = SendingSink(tells=tells)
+    handler = make_handler(sink, timeout=HANG if tells else 1.0)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(handler.record, {"action": "First"})
+        eventually(lambda: sink.writes == 1)
+        leads = pool.submit(handler.record, {"action": "Leads"})
+        eventually(lambda: len(handler._commits._queue) == 1)
+        follows = pool.submit(handler.record, {"action": "Follows"})
+        awaits = pool.submit(run_loop, handler.arecord({"action": "Awaits"}))
+        eventually(lambda: len(handler._commits._queue) == 3)
+        sink.permits.release()
+        eventually(lambda: sink.writes == 2)
+        hangs = pool.submit(handler.record, {"action": "Hangs"})
+        eventually(lambda: len(handler._commits._queue) == 1)
+        sink.permits.release()
+
+        receipts = [call.result(HANG) for call in (first, leads, follows, awaits)]
+
+        assert sink.writes == 3
+        assert not hangs.done()
+        assert [receipt.sequence for receipt in receipts] == [2, 3, 4, 5]
+        sink.permits.release()
+        assert hangs.result(HANG).sequence == 6
+        sink.permits.release()  # for the session's end

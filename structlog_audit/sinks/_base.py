@@ -13,6 +13,9 @@ class Sink(Protocol):
     that raised, it calls `close` and then, with a new session, `open`.
     A sink may also have `check() -> None`, which raises `SinkError` when it cannot be written to
     (called at configuration time), and `space() -> Space`.
+    If it has an attribute `on_sent`, None at first, the handler sets it. `write` calls it, in its
+    own thread, when it has handed the lines over and only waits for the confirmation: the callers
+    of the entries before these are woken meanwhile.
     """
 
     def open(self, session: str) -> None:

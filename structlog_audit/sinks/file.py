@@ -17,7 +17,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from structlog_audit.alarm import Space
@@ -80,6 +80,7 @@ class FileSink:
         self.prefix = prefix
         self.allow_unsafe_directory = allow_unsafe_directory
         self.path: str | None = None
+        self.on_sent: Callable[[], None] | None = None
         self._identity: tuple[int, int] | None = None
         self._forget()
 
@@ -149,6 +150,8 @@ class FileSink:
         if self._size:
             self._check_ownership()
         self._append(data, len(lines[0]))
+        if self.on_sent is not None:
+            self.on_sent()
         try:
             if self._size:
                 _durable.sync(self._descriptor)
