@@ -147,7 +147,7 @@ def _throughput(plan: Plan, slow: int, counts: Sequence[int]) -> tuple[list[Any]
             calls = _enough(plan, count, slow)
             serial, rates, waits, syncs = [], [], [], []
             for _ in range(plan.rounds):
-                floor = bare.do(do="threads", calls=max(1, calls // 10), count=1)
+                floor = bare.do(do="threads", calls=_few(plan, calls), count=1)
                 answer = ours.do(do="threads", calls=calls, count=count)
                 serial.append(floor["rate"])
                 rates.append(answer["rate"])
@@ -167,6 +167,11 @@ def _enough(plan: Plan, count: int, slow: int) -> int:
     return max(plan.calls * (1 if slow else 4), 25 * count if plan.calls > 10 else count)
 
 
+def _few(plan: Plan, calls: int) -> int:
+    """Return calls for the floor in a round; one after the other, they take their time."""
+    return max(1, min(calls // 10, plan.calls // 4))
+
+
 _COLUMNS = ("", "floor, one by one, /s", "ours, /s", "ours / floor", "p99 wait / two syncs")
 
 
@@ -184,7 +189,7 @@ def _async(plan: Plan, slow: int) -> tuple[list[Any], Figures]:
             calls = _enough(plan, count, slow)
             serial, rates = [], []
             for _ in range(plan.rounds):
-                serial.append(bare.do(do="threads", calls=max(1, calls // 10), count=1)["rate"])
+                serial.append(bare.do(do="threads", calls=_few(plan, calls), count=1)["rate"])
                 rates.append(ours.do(do="tasks", calls=calls, count=count)["rate"])
             ratios = [a / b for a, b in zip(rates, serial, strict=True)]
             figures[str(count)] = {"rate": rates, "serial": serial, "ratio": ratios}
