@@ -12,6 +12,7 @@ from structlog_audit.exceptions import (
     AuditSpaceWarning,
     AuditTimeoutError,
     AuditWriteError,
+    LineRefused,
     SessionOver,
     SinkError,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "AuditWriteError",
     "ConsoleSink",
     "FileSink",
+    "LineRefused",
     "Operation",
     "Receipt",
     "Redact",

@@ -148,6 +148,21 @@ class SessionOver(SinkError):
         super().__init__(reason, persisted="no", path=path)
 
 
+class LineRefused(SinkError):
+    """Raised by a sink's `write` when it refuses one line for its own sake, and not the others.
+
+    The handler fails that entry alone, numbers and links those after it anew, and writes them.
+
+    Attributes:
+        delivered: how many lines, from the first, are durable; the next one is the refused one,
+            and nothing after it was stored.
+    """
+
+    def __init__(self, reason: str, *, delivered: int, hint: str | None = None) -> None:
+        super().__init__(reason, persisted="no", hint=hint)
+        self.delivered = delivered
+
+
 _HINTS = {
     _errno.ENOSPC: "free some space there; the next call begins a new session by itself",
     _errno.EDQUOT: "raise the quota or free some space; the next call begins a new session",

@@ -42,7 +42,7 @@ from structlog_audit.exceptions import (
     SinkError,
 )
 from structlog_audit.session import Sessions
-from structlog_audit.sinks._base import Sink
+from structlog_audit.sinks._base import Sink, TellsSent
 from structlog_audit.values import exception_data
 
 DEFAULT_TIMEOUT = 10.0
@@ -113,7 +113,7 @@ class AuditHandler(logging.Handler):
             sink, self._renderer, self._alarm, max_bytes=max_bytes, max_age=max_age
         )
         self._commits = GroupCommit(self._sessions.commit, self._sessions.lose, timeout)
-        if hasattr(sink, "on_sent"):
+        if isinstance(sink, TellsSent):
             sink.on_sent = self._commits.sent
             self._commits.tells_sent = True
         lost = weakref.finalize(self, _forget, self._commits, self._sessions)

@@ -23,6 +23,7 @@ from structlog_audit import (
     AuditTimeoutError,
     AuditWriteError,
     FileSink,
+    LineRefused,
     SessionOver,
     SinkError,
     exceptions,
@@ -40,6 +41,7 @@ EXAMPLES: list[AuditError] = [
     AuditSpaceWarning("reason", free=1, total=2, hint="do this"),
     SinkError("reason", persisted="no", path="/x", errno=28, hint="do this"),
     SessionOver("reason", path="/x"),
+    LineRefused("reason", delivered=3, hint="do this"),
 ]
 SECRET = "hunter2"
 

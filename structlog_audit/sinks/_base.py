@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 
 class Sink(Protocol):
@@ -13,9 +13,7 @@ class Sink(Protocol):
     that raised, it calls `close` and then, with a new session, `open`.
     A sink may also have `check() -> None`, which raises `SinkError` when it cannot be written to
     (called at configuration time), and `space() -> Space`.
-    If it has an attribute `on_sent`, None at first, the handler sets it. `write` calls it, in its
-    own thread, when it has handed the lines over and only waits for the confirmation: the callers
-    of the entries before these are woken meanwhile.
+    See `TellsSent` for one that can keep its disk or server busy.
     """
 
     def open(self, session: str) -> None:
@@ -41,3 +39,16 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Let go of the session; called in a forked child as well, so it must not write."""
+
+
+@runtime_checkable
+class TellsSent(Protocol):
+    """A sink that says when it only waits.
+
+    Attributes:
+        on_sent: None at first, set by the handler. `write` calls it, in its own thread, when it has
+            handed the lines over and waits for the confirmation: the callers of the entries before
+            these are woken meanwhile.
+    """
+
+    on_sent: Callable[[], None] | None
