@@ -22,9 +22,13 @@ from structlog_audit.alarm import Alarm, Gap
 from structlog_audit.chain import line_hash, link
 from structlog_audit.commit import Ticket
 from structlog_audit.entry import SESSION_ACTION, Head, Kind, Receipt, Renderer
-from structlog_audit.exceptions import AuditWriteError, SessionOver, SinkError
+from structlog_audit.exceptions import AuditWriteError, LineRefused, SessionOver, SinkError
 from structlog_audit.sinks._base import Sink
 
+Delivered = tuple[list[Receipt], LineRefused | None]
+"""The receipts of the lines that are durable; and, if the next one was refused, why."""
+MAX_SESSIONS = 8
+"""How often a session may end under one batch: as many sinks may stand behind each other."""
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -126,7 +130,9 @@ class Sessions:
         last = self._acknowledged
         head = self._own("Complete", {"reason": reason, "entries": last.sequence + 1})
         try:
-            self._send([head])
+            _, refused = self._send([head])
+            if refused is not None:
+                raise refused
         except Exception as error:  # noqa: BLE001 - a foreign sink may raise anything
             why = error if isinstance(error, SinkError) else SinkError(type(error).__name__)
             if not isinstance(why, SessionOver):
@@ -148,16 +154,32 @@ class Sessions:
                 self.end("max_bytes")
 
     def _write(self, batch: Sequence[Ticket]) -> None:
-        heads = [ticket.head for ticket in batch]
-        try:
-            receipts = self._begin(heads) if self._acknowledged is None else self._send(heads)
-        except SessionOver as over:
-            self._over(over.reason)
-            receipts = self._begin(heads)
-        for ticket, receipt in zip(batch, receipts):  # noqa: B905 - as long by construction
-            ticket.receipt = receipt
+        rest = batch
+        while rest:
+            receipts, refused = self._deliver([ticket.head for ticket in rest])
+            for ticket, receipt in zip(rest, receipts):  # noqa: B905 - more than were delivered
+                ticket.receipt = receipt
+            rest = rest[len(receipts) :]
+            if refused is not None:
+                self._refuse(rest[0], refused)
+                rest = rest[1:]
 
-    def _begin(self, heads: list[Head]) -> list[Receipt]:
+    def _deliver(self, heads: list[Head]) -> Delivered:
+        """Write heads to the open session, or to a new one if that is over."""
+        for _ in range(MAX_SESSIONS):
+            try:
+                return self._begin(heads) if self._acknowledged is None else self._send(heads)
+            except SessionOver as over:
+                self._over(over.reason)
+        return self._begin(heads)
+
+    def _refuse(self, ticket: Ticket, refused: LineRefused) -> None:
+        """Fail the one entry that the sink refuses for its own sake."""
+        if not (ticket.outcome or ticket.gone):
+            self.gap.add(ticket.head.time, refused.reason)
+        ticket.error = _write_error(self.sink, refused)
+
+    def _begin(self, heads: list[Head]) -> Delivered:
         self._session = new_session_id()
         gap = self.gap.data()
         # not later than its first entry; but what tells of a gap is not earlier than that
@@ -171,13 +193,15 @@ class Sessions:
             )  # fmt: skip
         self.sink.open(self._session)
         self._born = monotonic()
-        receipts = self._send([begin, *heads])[1:]
+        receipts, refused = self._send([begin, *heads])
+        if refused is not None and not receipts:
+            raise SinkError(f"the session's own line: {refused.reason}", persisted="no")
         self._follows = None
         self.gap.settle(gap)
-        return receipts
+        return receipts[1:], refused
 
-    def _send(self, heads: list[Head]) -> list[Receipt]:
-        """Number, link and write; the state moves on only when the sink confirmed."""
+    def _send(self, heads: list[Head]) -> Delivered:
+        """Number, link and write; the state moves on only as far as the sink confirmed."""
         session, sequence, prev, _ = self._acknowledged or (self._session, 0, "", "")
         lines, receipts = [], []
         for text, time in heads:
@@ -186,10 +210,15 @@ class Sessions:
             prev = line_hash(line)
             lines.append(line + b"\n")
             receipts.append(Receipt(session, sequence, prev, time))
-        self.sink.write(lines)
-        self._bytes += sum(map(len, lines))
-        self._acknowledged = receipts[-1]
-        return receipts
+        refused: LineRefused | None = None
+        try:
+            self.sink.write(lines)
+        except LineRefused as error:
+            refused, receipts = error, receipts[: error.delivered]
+        if receipts:
+            self._bytes += sum(map(len, lines[: len(receipts)]))
+            self._acknowledged = receipts[-1]
+        return receipts, refused
 
     def _begin_data(self, gap: dict[str, object] | None) -> dict[str, object]:
         data: dict[str, object] = {"format": FORMAT, "library": f"structlog-audit {__version__}"}

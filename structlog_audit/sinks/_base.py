@@ -12,7 +12,8 @@ class Sink(Protocol):
     The handler calls a sink from one thread at a time, so a sink needs no locks. After a call
     that raised, it calls `close` and then, with a new session, `open`.
     A sink may also have `check() -> None`, which raises `SinkError` when it cannot be written to
-    (called at configuration time), and `space() -> Space`.
+    (called at configuration time), `space() -> Space`, and `ready() -> None`, which raises
+    `SessionOver` when the session must end (called before another sink writes the same lines).
     See `TellsSent` for one that can keep its disk or server busy.
     """
 

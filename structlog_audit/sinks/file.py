@@ -146,9 +146,8 @@ class FileSink:
             SinkError: they are not durable.
             SessionOver: the file is not ours any more.
         """
+        self.ready()
         data = b"".join(lines)
-        if self._size:
-            self._check_ownership()
         self._append(data, len(lines[0]))
         if self.on_sent is not None:
             self.on_sent()
@@ -163,6 +162,15 @@ class FileSink:
         base, self._base = self._base, -1
         with contextlib.suppress(OSError):
             _durable.close(base)  # it was needed until the file's name was durable
+
+    def ready(self) -> None:
+        """Look whether the file is still there, and ours.
+
+        Raises:
+            SessionOver: it is not.
+        """
+        if self._size:
+            self._check_ownership()
 
     def close(self) -> None:
         """Close the file; nothing is written.
