@@ -7,7 +7,10 @@ re-serialisation.
 
 from __future__ import annotations
 
+import re
 from hashlib import sha256
+
+_IDENTITY = re.compile(rb',"session":"([a-z0-9]{20})","sequence":([0-9]+),"prev":"[0-9a-f]*"}\n?\Z')
 
 
 def link(head: bytes, session: str, sequence: int, prev: str) -> bytes:
@@ -33,3 +36,15 @@ def link(head: bytes, session: str, sequence: int, prev: str) -> bytes:
 def line_hash(line: bytes) -> str:
     """Return the SHA-256 of a line, given without its newline, in hex."""
     return sha256(line).hexdigest()
+
+
+def identity(line: bytes) -> tuple[str, int]:
+    """Return session and sequence of a line that `link` made; they stand at its end.
+
+    Raises:
+        ValueError: it is no such line.
+    """
+    found = _IDENTITY.search(line[-200:])
+    if found is None:
+        raise ValueError("not a line of an audit log")
+    return found[1].decode(), int(found[2])

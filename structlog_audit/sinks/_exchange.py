@@ -1,0 +1,289 @@
+"""One exchange with a server over HTTP, within a deadline that holds whatever the server does.
+
+`requests` bounds single operations of a socket, so that a server which drips bytes holds its caller
+for ever. Here each operation gets what is left of the deadline of the whole exchange. The pool of
+connections is that of `requests`; its sockets are ours.
+
+Only this module imports `requests`, and only `http` imports this one, when a URL is configured.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable, Mapping
+from http.client import HTTPException
+from time import monotonic
+from typing import Any, NamedTuple
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.utils import get_environ_proxies
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError, NewConnectionError
+
+MAX_ANSWER = 64 * 1024
+"""Bytes of an answer that are read; a log server answers with some dozens."""
+
+
+class Answer(NamedTuple):
+    """What a server answered; a body that is longer than `MAX_ANSWER` is cut there."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class NoAnswer(Exception):
+    """There was no usable answer.
+
+    Attributes:
+        sent: whether the request may have reached the server.
+        stale: whether it was sent over a connection that had been kept from an earlier exchange.
+        untrusted: whether the server could not prove who it is.
+    """
+
+    def __init__(self, reason: str, *, sent: bool, stale: bool, untrusted: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.sent = sent
+        self.stale = stale
+        self.untrusted = untrusted
+
+
+class Exchange:
+    """What the sockets of one client know of the exchange that is under way."""
+
+    def __init__(self) -> None:
+        self.end = 0.0
+        self.sent = False
+        self.connected = False
+        self.on_wait: Callable[[], None] | None = None
+
+    def begin(self, end: float, on_wait: Callable[[], None] | None) -> None:
+        """Begin an exchange that ends at `end`, on the monotonic clock."""
+        self.end, self.on_wait = end, on_wait
+        self.sent = self.connected = False
+
+    def left(self) -> float:
+        """Return the seconds that are left.
+
+        Raises:
+            TimeoutError: none are.
+        """
+        left = self.end - monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        return left
+
+    def wait(self) -> None:
+        """Tell, once, that the request is sent and only the answer is missing."""
+        tell, self.on_wait = self.on_wait, None
+        if tell is not None:
+            tell()
+
+
+class _Socket(socket.socket):
+    exchange: Exchange
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        self.exchange.wait()
+        self.settimeout(self.exchange.left())
+        return super().recv_into(*args, **kwargs)
+
+    def sendall(self, *args: Any, **kwargs: Any) -> None:
+        self.settimeout(self.exchange.left())
+        self.exchange.sent = True
+        super().sendall(*args, **kwargs)
+
+
+class _TLSSocket(ssl.SSLSocket):
+    exchange: Exchange
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        self.exchange.wait()
+        self.settimeout(self.exchange.left())
+        return super().recv_into(*args, **kwargs)
+
+    def send(self, *args: Any, **kwargs: Any) -> int:
+        self.settimeout(self.exchange.left())
+        self.exchange.sent = True
+        return super().send(*args, **kwargs)
+
+
+def _connect(exchange: Exchange, host: str, port: int, options: Any) -> socket.socket:
+    """Connect to the first address of a host that takes us; the name's look-up is not bounded."""
+    problem: OSError = OSError("no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM
+    ):
+        sock = _Socket(family, kind, protocol)
+        sock.exchange = exchange
+        try:
+            for option in options or ():
+                sock.setsockopt(*option)
+            sock.settimeout(exchange.left())
+            sock.connect(address)
+        except OSError as error:
+            sock.close()
+            problem = error
+        else:
+            exchange.connected = True
+            return sock
+    raise problem
+
+
+def _pools(exchange: Exchange) -> dict[str, Any]:
+    """Return pools of connections that are bound by an exchange."""
+
+    class Plain(HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            return _new(self, exchange)
+
+    class TLS(HTTPSConnection):
+        def _new_conn(self) -> socket.socket:
+            return _new(self, exchange)
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class TLSPool(HTTPSConnectionPool):
+        ConnectionCls = TLS
+
+    return {"http": PlainPool, "https": TLSPool}
+
+
+def _new(connection: HTTPConnection, exchange: Exchange) -> socket.socket:
+    try:
+        return _connect(exchange, connection.host, connection.port or 0, connection.socket_options)
+    except OSError as error:
+        raise NewConnectionError(connection, error.strerror or str(error)) from error
+
+
+class _Adapter(HTTPAdapter):
+    """The adapter of `requests`, with our sockets in its pool."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        bound = type("_Bound", (_TLSSocket,), {"exchange": self._exchange})
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = bound
+        super().init_poolmanager(*args, **kwargs, ssl_context=context)
+        self.poolmanager.pool_classes_by_scheme = _pools(self._exchange)
+
+
+class Client:
+    """Talks to one server over a connection that is kept.
+
+    Args:
+        url: where to post.
+        ca: file with the certificates to trust; None for those of certifi.
+        certificate: file with our own certificate, and file with its key.
+        environment_proxies: use the proxies that the environment names.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        ca: str | None,
+        certificate: tuple[str, str] | None,
+        environment_proxies: bool,
+    ) -> None:
+        self._exchange = Exchange()
+        self._session = requests.Session()
+        self._session.trust_env = False  # else .netrc and the environment decide on keys and CAs
+        self._session.mount("http://", _Adapter(self._exchange))
+        self._session.mount("https://", _Adapter(self._exchange))
+        self._adapter = self._session.get_adapter(url)
+        self._verify: bool | str = True if ca is None else ca
+        self._certificate = certificate
+        self._proxies = dict(get_environ_proxies(url)) if environment_proxies else {}
+        self._used = False
+        self._prepared = requests.Request("POST", url).prepare()
+
+    def post(
+        self,
+        body: bytes,
+        headers: Mapping[str, str],
+        end: float,
+        on_wait: Callable[[], None] | None = None,
+    ) -> Answer:
+        """Post a body.
+
+        Args:
+            body: what to post.
+            headers: its headers.
+            end: when to give up, on the monotonic clock.
+            on_wait: called when the request is sent and only the answer is missing.
+
+        Raises:
+            NoAnswer: there was none until then.
+        """
+        request = self._prepared.copy()
+        request.body = body
+        request.headers.update(headers)
+        request.headers["Content-Length"] = str(len(body))
+        return self._send(request, end, on_wait)
+
+    def get(self, url: str, end: float) -> Answer:
+        """Get a page, as `post` posts."""
+        return self._send(requests.Request("GET", url).prepare(), end, None)
+
+    def _send(self, request: Any, end: float, on_wait: Callable[[], None] | None) -> Answer:
+        exchange = self._exchange
+        exchange.begin(end, on_wait)
+        try:
+            return self._exchange_with(request, exchange.left())
+        except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
+            problem = _problem(error)
+        # outside of the handler: what is raised must not carry the request and its key along
+        kept, self._used = self._used and not exchange.connected, False
+        raise NoAnswer(
+            problem, sent=exchange.sent, stale=kept and exchange.sent,
+            untrusted=not exchange.sent and exchange.connected and "certificate" in problem,
+        )  # fmt: skip
+
+    def _exchange_with(self, request: Any, left: float) -> Answer:
+        response = self._adapter.send(
+            request, stream=True, timeout=left, verify=self._verify, cert=self._certificate,
+            proxies=self._proxies,
+        )  # fmt: skip
+        try:
+            body = response.raw.read(MAX_ANSWER + 1, decode_content=True)
+        finally:
+            whole = response.raw.closed or response.raw.isclosed()
+            (response.raw.release_conn if whole else response.raw.close)()
+        self._used = True
+        return Answer(response.status_code, response.headers, body[:MAX_ANSWER])
+
+    def close(self) -> None:
+        """Close the connection; in a forked child, the parent's stays open."""
+        self._session.close()
+
+
+def _problem(error: BaseException | None) -> str:
+    """Put into words what went wrong, without the URL and the headers that errors carry."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        inner = next((arg for arg in error.args if isinstance(arg, BaseException)), None)
+        error = getattr(error, "reason", None) or inner or error.__cause__ or error.__context__
+        if not isinstance(error, BaseException):
+            break
+    for found in seen:
+        if isinstance(found, ssl.SSLCertVerificationError):
+            return f"the server's certificate is not trusted: {found.verify_message}"
+    innermost = seen[-1]
+    if any(isinstance(found, (TimeoutError, requests.Timeout)) for found in seen):
+        return "no answer in time"
+    if isinstance(innermost, socket.gaierror):
+        return f"its name cannot be looked up: {innermost.strerror}"
+    if isinstance(innermost, OSError) and innermost.strerror:
+        return innermost.strerror
+    return type(innermost).__name__

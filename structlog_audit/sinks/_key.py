@@ -1,0 +1,66 @@
+"""A key to a server: never in a message, a repr or a URL."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from structlog_audit.exceptions import AuditConfigurationError, SinkError
+
+
+class Key:
+    """A key, or the file that holds it; a file is read again when it changes.
+
+    Args:
+        text: the key.
+        file: the file.
+
+    Raises:
+        AuditConfigurationError: both are given, or it cannot be a key.
+    """
+
+    def __init__(self, text: str | None, file: str | os.PathLike[str] | None) -> None:
+        if text is not None and file is not None:
+            raise AuditConfigurationError("give either a key or the file that holds it, not both")
+        self._file = None if file is None else os.fspath(file)
+        self._known: tuple[int, int] | None = None
+        self._text = text
+        if text is not None:
+            self._text = _checked(text, "the key")
+        elif self._file is not None:
+            try:
+                self.text()
+            except SinkError as error:
+                raise AuditConfigurationError(error.reason) from None
+
+    def __repr__(self) -> str:
+        return "Key(…)"
+
+    def text(self) -> str | None:
+        """Return the key, or None if there is none.
+
+        Raises:
+            SinkError: its file cannot be read, or holds none.
+        """
+        if self._file is None:
+            return self._text
+        try:
+            stats = os.stat(self._file)
+            now = (stats.st_mtime_ns, stats.st_ino)
+            if now != self._known:
+                with open(self._file, encoding="utf-8", errors="replace") as file:
+                    self._text = _checked(file.read(10_000).strip(), f"the key in {self._file}")
+                self._known = now
+        except OSError as error:
+            problem = f"the key in {self._file} cannot be read: {error.strerror}"
+        except AuditConfigurationError as error:
+            problem = error.reason
+        else:
+            return self._text
+        raise SinkError(problem, persisted="no")
+
+
+def _checked(text: str, what: str) -> str:
+    if not isinstance(text, str) or not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise AuditConfigurationError(f"{what} is empty, or has characters that no key has")
+    return text

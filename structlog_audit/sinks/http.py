@@ -1,0 +1,480 @@
+"""Servers: lines are posted, and durable when the server confirms them.
+
+1. One deadline bounds everything: connecting, sending, waiting, pauses and repetitions.
+2. Confirmed is what `confirm` names, and nothing else.
+3. Whatever may have reached the server and was not answered is neither stored nor lost: the same
+   bytes, which carry session and sequence, are sent again while there is time. Then the fate of the
+   lines is unknown.
+4. An answer that would be the same again ends the call at once: a refused key, a wrong path, a
+   redirect (which would carry the key elsewhere).
+5. A request that is refused for what is in it is sent again in halves, in order, until the line is
+   found that is to blame; it fails alone.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from structlog_audit.chain import identity
+from structlog_audit.exceptions import (
+    AuditConfigurationError,
+    LineRefused,
+    Persisted,
+    SinkError,
+)
+from structlog_audit.formats import clef, otlp, rejected
+from structlog_audit.sinks._key import Key
+
+if TYPE_CHECKING:
+    from structlog_audit.sinks._exchange import Answer, Client
+
+Format = Literal["ndjson", "clef", "otlp"]
+
+CONTENT_TYPES: dict[str, str] = {
+    "ndjson": "application/x-ndjson",
+    "clef": "application/vnd.serilog.clef",
+    "otlp": "application/x-protobuf",
+}
+DEFAULT_TIMEOUT = 5.0
+"""Seconds; half of a handler's, so that a second sink has its share."""
+HEALTH_TIMEOUT = 3.0
+"""Seconds for the question at start; Seq's page may hang while it starts (seq-tickets#2391)."""
+MAX_EVENT_BYTES = 256 * 1024
+MAX_PAYLOAD_BYTES = 10 * 2**20
+"""Seq's limits in its default configuration: 256 KiB an event, 10 MiB a request."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+"""Seconds between repetitions: doubled each time, and spread at random (full jitter)."""
+
+_REFUSED = frozenset({400, 413, 422})  # for what is in the request
+_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})  # the same may work later
+_NOT_STORED = frozenset({401, 403, 404, 405, 406, 411, 415, 429})  # whatever the server
+_HINTS = {
+    401: "the server wants a key: set api_key= or AUDIT_SERVER_API_KEY",
+    403: "the key is wrong, may not ingest, or the port is not for ingestion: check the key",
+    404: "there is no such page: check the URL; it names the server, not its page",
+    405: "the page takes no POST: check the URL",
+    415: "the server does not take this format: choose another one",
+}
+
+
+class HttpSink:
+    """Posts lines to a server.
+
+    What its confirmation proves is up to the server; `docs/servers.md` has a table.
+
+    Args:
+        url: where to post. `https`, or `http` to this machine.
+        format: `ndjson` (our lines, byte for byte), `clef` (Seq's events), `otlp` (OpenTelemetry
+            protobuf; needs the extra `otlp`).
+        headers: sent with every request.
+        api_key: sent as `Authorization: Bearer`.
+        api_key_file: file that holds it; it is read again when it changes.
+        confirm: status codes that confirm. With 409 among them, such an answer counts only if its
+            body names session and sequence of the last line.
+        accept: looks at the body of a confirming answer; returns what is wrong with it, or None.
+        timeout: longest duration of a call in seconds, repetitions included.
+        ca: file with the certificates to trust instead of the usual ones.
+        client_cert: file with our own certificate.
+        client_key: file with its key, if it is not in the same file.
+        allow_insecure: accept `http` to another machine: whoever is in between reads and changes
+            everything.
+        environment_proxies: use the proxies that the environment names.
+        health: path or URL of a page that answers 2xx when the server works; None to only connect.
+        max_event_bytes: longest line that the server takes.
+        max_payload_bytes: longest request that it takes.
+
+    Raises:
+        AuditConfigurationError: an argument is unusable.
+    """
+
+    key_header = ("Authorization", "Bearer ")
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        format: Format = "ndjson",
+        headers: Mapping[str, str] | None = None,
+        api_key: str | None = None,
+        api_key_file: str | os.PathLike[str] | None = None,
+        confirm: Sequence[int] = (200, 201, 202, 204),
+        accept: Callable[[bytes], str | None] | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        ca: str | os.PathLike[str] | None = None,
+        client_cert: str | os.PathLike[str] | None = None,
+        client_key: str | os.PathLike[str] | None = None,
+        allow_insecure: bool = False,
+        environment_proxies: bool = False,
+        health: str | None = None,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        max_payload_bytes: int = MAX_PAYLOAD_BYTES,
+    ) -> None:
+        self.url = _checked_url(url, allow_insecure=allow_insecure)
+        if format not in CONTENT_TYPES:
+            raise AuditConfigurationError(
+                f"a format is one of {', '.join(CONTENT_TYPES)}, not {format!r}"
+            )
+        if not isinstance(timeout, (int, float)) or not 0 < timeout <= 86_400:
+            raise AuditConfigurationError("timeout must be a number of seconds above zero")
+        self.format: Format = format
+        self.allow_insecure = allow_insecure
+        self.timeout = timeout
+        self.on_sent: Callable[[], None] | None = None
+        self._key = Key(api_key, api_key_file)
+        self._headers = {"Content-Type": CONTENT_TYPES[format], **_checked_headers(headers or {})}
+        self._confirm = frozenset(confirm)
+        self._accept = accept
+        self._files = {
+            name: None if path is None else _checked_file(name, path)
+            for name, path in (("ca", ca), ("client_cert", client_cert), ("client_key", client_key))
+        }
+        self._environment_proxies = environment_proxies
+        self._health = health
+        self._max_event_bytes = max_event_bytes
+        self._max_payload_bytes = max_payload_bytes
+        self._client: Client | None = None
+        self._pages = [self.url]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_shown(self.url)!r})"
+
+    def check(self) -> None:
+        """Ask whether the server is there.
+
+        Raises:
+            SinkError: it is not, or it is not who it should be.
+        """
+        from structlog_audit.sinks._exchange import NoAnswer
+
+        end = time.monotonic() + min(HEALTH_TIMEOUT, self.timeout)
+        page = self._health_url()
+        try:
+            answer = self._connected().get(page, end)
+        except NoAnswer as error:
+            problem = error.reason
+        else:
+            if self._health is None or answer.status < 300:
+                return
+            problem = f"its health page answers {answer.status}"
+        finally:
+            self.close()  # a child that is forked later must not have it
+        raise SinkError(
+            f"{self!r} cannot be reached: {problem}", persisted="no", hint=_hint_for(problem)
+        )
+
+    def open(self, session: str) -> None:
+        """Do nothing: the connection is made with the first request, and kept."""
+
+    def write(self, lines: Sequence[bytes]) -> None:
+        """Post lines; return when the server has confirmed them.
+
+        Raises:
+            LineRefused: it refuses one of them.
+            SinkError: it did not confirm them.
+        """
+        end = time.monotonic() + self.timeout
+        events = self._events(lines)
+        start = 0
+        for size in self._portions(events):
+            try:
+                self._deliver(lines[start : start + size], events[start : start + size], end)
+            except LineRefused as refused:
+                refused.delivered += start
+                raise
+            start += size
+        if start < len(lines):
+            raise self._too_long(start, len(events[start]))
+
+    def close(self) -> None:
+        """Close the connection."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _all_headers(self, identity: str) -> Mapping[str, str]:
+        key = self._key.text()
+        name, before = self.key_header
+        proof = {} if key is None else {name: before + key}
+        return {**self._headers, "Idempotency-Key": identity, **proof}
+
+    def _next_page(self) -> bool:
+        """Turn to the page of older servers, if there is one."""
+        if len(self._pages) < 2:
+            return False
+        del self._pages[0]
+        self.close()
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_client": None, "on_sent": None}
+
+    def _health_url(self) -> str:
+        return self.url if self._health is None else self._health
+
+    def _verdict(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
+        """Return why an answer confirms nothing, or None if it confirms."""
+        if answer.status == 409:
+            return None if _names(answer.body, lines[-1]) else "409 for something else"
+        if self.format == "otlp":
+            return _otlp_verdict(answer.body)
+        return None if self._accept is None else self._accept(answer.body)
+
+    def _connected(self) -> Client:
+        if self._client is None:
+            from structlog_audit.sinks._exchange import Client
+
+            cert, key = self._files["client_cert"], self._files["client_key"]
+            self._client = Client(
+                self._pages[0], ca=self._files["ca"], environment_proxies=self._environment_proxies,
+                certificate=None if cert is None else (cert, key or cert),
+            )  # fmt: skip
+        return self._client
+
+    def _events(self, lines: Sequence[bytes]) -> Sequence[bytes]:
+        return [clef(line) + b"\n" for line in lines] if self.format == "clef" else lines
+
+    def _portions(self, events: Sequence[bytes]) -> list[int]:
+        """Return how many events go into each request; ends before one that is too long."""
+        portions: list[int] = []
+        count = size = 0
+        for event in events:
+            if len(event) > min(self._max_event_bytes, self._max_payload_bytes - 1):
+                break
+            if count and size + len(event) >= self._max_payload_bytes:
+                portions.append(count)
+                count = size = 0
+            count, size = count + 1, size + len(event)
+        return [*portions, count] if count else portions
+
+    def _too_long(self, delivered: int, size: int) -> LineRefused:
+        return LineRefused(
+            f"the entry takes {size:,} bytes, and {self!r} no more than {self._max_event_bytes:,}",
+            delivered=delivered, hint="lower max_entry_bytes, and big values are cut to fit",
+        )  # fmt: skip
+
+    def _deliver(self, lines: Sequence[bytes], events: Sequence[bytes], end: float) -> None:
+        """Post events; in halves if the server refuses them for what is in them."""
+        refused = self._post(lines, events, end)
+        if refused is None:
+            return
+        if len(events) == 1:
+            raise LineRefused(refused, delivered=0, hint="a repeat will not help: see its log")
+        half = len(events) // 2
+        self._deliver(lines[:half], events[:half], end)
+        try:
+            self._deliver(lines[half:], events[half:], end)
+        except LineRefused as error:
+            error.delivered += half
+            raise
+
+    def _post(self, lines: Sequence[bytes], events: Sequence[bytes], end: float) -> str | None:
+        """Post events, again and again while it may help.
+
+        Returns:
+            None when they are confirmed, or why the server refuses what is in them.
+
+        Raises:
+            SinkError: they are not confirmed.
+        """
+        body = otlp(lines) if self.format == "otlp" else b"".join(events)
+        return _Delivery(self, lines, body, end).run()
+
+
+class _Again(Exception):
+    """What an attempt came to, if another one may come to something else."""
+
+    def __init__(self, problem: str, *, pause: float | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.pause = pause
+
+
+class _Delivery:
+    """One request, and its repetitions."""
+
+    def __init__(self, sink: HttpSink, lines: Sequence[bytes], body: bytes, end: float) -> None:
+        self._sink = sink
+        self._lines = lines
+        self._body = body
+        self._end = end
+        self._fate: Persisted = "no"
+        session, first = identity(lines[0])
+        self._key = f"{session}-{first}-{identity(lines[-1])[1]}"
+
+    def run(self) -> str | None:
+        """Post until it is decided, or the time is over.
+
+        Returns:
+            None when the lines are confirmed, or why the server refuses what is in them.
+
+        Raises:
+            SinkError: they are not confirmed.
+        """
+        from tenacity import Retrying, retry_if_exception_type
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(_Again), wait=_pause, stop=self._is_too_late,
+            reraise=True,
+        )  # fmt: skip
+        try:
+            return retrying(self._attempt)
+        except _Again as again:
+            problem = f"{again.problem}; no confirmation within {self._sink.timeout:g} s"
+        raise self._failure(problem)
+
+    def _is_too_late(self, state: Any) -> bool:
+        return time.monotonic() + float(state.upcoming_sleep) >= self._end
+
+    def _attempt(self) -> str | None:
+        from structlog_audit.sinks._exchange import NoAnswer
+
+        sink = self._sink
+        headers = sink._all_headers(self._key)
+        try:
+            answer = sink._connected().post(self._body, headers, self._end, sink.on_sent)
+        except NoAnswer as error:
+            missing = error
+        else:
+            return self._weigh(answer)
+        if missing.sent:
+            self._fate = "unknown"
+        if missing.untrusted:
+            raise self._failure(missing.reason)
+        raise _Again(missing.reason, pause=0.0 if missing.stale else None)
+
+    def _weigh(self, answer: Answer) -> str | None:
+        status = answer.status
+        if status in self._sink._confirm:
+            problem = self._sink._verdict(answer, self._lines)
+            if problem is None:
+                return None
+            self._fate = "unknown"
+            raise self._failure(problem)
+        if status in _REFUSED:
+            return f"the server refuses the entry with {status}"
+        if status not in _NOT_STORED:
+            self._fate = "unknown"
+        problem = f"the server answers {status}"
+        if status == 404 and self._sink._next_page():
+            raise _Again(problem, pause=0.0)
+        if status in _BUSY:
+            raise _Again(problem, pause=_retry_after(answer.headers))
+        if 300 <= status < 400:
+            problem = f"{problem}, a redirect, which is not followed"
+        raise self._failure(problem, _HINTS.get(status))
+
+    def _failure(self, problem: str, hint: str | None = None) -> SinkError:
+        return SinkError(
+            f"{self._sink!r}: {problem}", persisted=self._fate, hint=hint or _hint_for(problem)
+        )
+
+
+def _pause(state: Any) -> float:
+    again = state.outcome.exception()
+    if again.pause is not None:
+        return float(again.pause)
+    most = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(state.attempt_number, 10))
+    return random.uniform(0, most)  # noqa: S311 - spreads callers, keeps no secret
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds of a `Retry-After`, which may be a date (RFC 9110, 10.2.3)."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    import email.utils  # slow to import, and rarely needed
+
+    try:
+        when = email.utils.parsedate_to_datetime(text)
+    except (TypeError, ValueError):
+        return None
+    return max(0.0, when.timestamp() - time.time())
+
+
+def _names(body: bytes, line: bytes) -> bool:
+    import orjson
+
+    session, sequence = identity(line)
+    try:
+        named = orjson.loads(body)
+        return bool(named["session"] == session and named["sequence"] == sequence)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _otlp_verdict(body: bytes) -> str | None:
+    try:
+        count = rejected(body)
+    except ValueError:
+        return "the answer is no OTLP answer"
+    return f"the server rejected {count} of the records" if count else None
+
+
+def _hint_for(problem: str) -> str | None:
+    if "certificate is not trusted" in problem:
+        return "name the authority's certificate with ca= or AUDIT_SERVER_CA, and check the host"
+    if "looked up" in problem:
+        return "check the host name in the URL"
+    if "refused" in problem:
+        return "is the server running, and is the port right?"
+    return None
+
+
+def _checked_url(url: str, *, allow_insecure: bool) -> str:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except (ValueError, TypeError, AttributeError):
+        usable = False
+    if not usable or re.search(r"[\s\x00-\x1f]", url):
+        raise AuditConfigurationError(
+            "the URL of an audit server looks like https://logs.example.com or "
+            "https://logs.example.com:8443/seq"
+        )
+    if parts.username is not None or parts.password is not None or "apikey" in parts.query.lower():
+        raise AuditConfigurationError(
+            "the URL of an audit server carries a key or a password, which ends up in logs",
+            hint="give it as api_key=, AUDIT_SERVER_API_KEY or AUDIT_SERVER_API_KEY_FILE",
+        )
+    if parts.scheme == "http" and not allow_insecure and not _is_this_machine(parts.hostname or ""):
+        raise AuditConfigurationError(
+            f"{_shown(url)} is not encrypted: whoever is in between reads and changes entries",
+            hint="use https; where that cannot be had, allow_insecure=True or "
+            "AUDIT_SERVER_ALLOW_INSECURE=1 accepts it",
+        )
+    return url
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _shown(url: str) -> str:
+    """Return a URL without its query, which may hold what is nobody's business."""
+    return url.partition("#")[0].partition("?")[0]
+
+
+def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    for name, value in headers.items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not isinstance(value, str):
+            raise AuditConfigurationError("a header is a name and a text")
+        if not re.fullmatch(r"[\x20-\x7e]*", value):
+            raise AuditConfigurationError(f"the header {name} has characters that none may have")
+    return dict(headers)
+
+
+def _checked_file(name: str, path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    if not os.access(text, os.R_OK) or os.path.isdir(text):
+        raise AuditConfigurationError(f"{name}: {text} is no file that can be read")
+    return text
