@@ -22,11 +22,15 @@ from structlog_audit.operation import Operation
 from structlog_audit.processors import Redact
 from structlog_audit.settings import Settings, audit_handler, audit_processors, reopen_on_signal
 from structlog_audit.sinks._base import Sink
+from structlog_audit.sinks.combine import AllOf, FirstOf
 from structlog_audit.sinks.console import ConsoleSink
 from structlog_audit.sinks.file import FileSink
+from structlog_audit.sinks.http import HttpSink
+from structlog_audit.sinks.seq import SeqSink
 
 __all__ = [
     "AUDIT",
+    "AllOf",
     "AuditConfigurationError",
     "AuditEntryError",
     "AuditError",
@@ -38,10 +42,13 @@ __all__ = [
     "AuditWriteError",
     "ConsoleSink",
     "FileSink",
+    "FirstOf",
+    "HttpSink",
     "LineRefused",
     "Operation",
     "Receipt",
     "Redact",
+    "SeqSink",
     "SessionOver",
     "Settings",
     "Sink",

@@ -6,13 +6,14 @@ off in a running process.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from structlog.typing import Processor
 
@@ -27,13 +28,17 @@ from structlog_audit.handler import (
 )
 from structlog_audit.processors import AddAuditFields, RouteAudit
 from structlog_audit.sinks._base import Sink
+from structlog_audit.sinks.combine import AllOf, FirstOf
 from structlog_audit.sinks.console import ConsoleSink
 from structlog_audit.sinks.file import FileSink
+from structlog_audit.sinks.http import HttpSink
+from structlog_audit.sinks.seq import SeqSink
 
 Mode = Literal["basic", "verbose_including_cid"]
 MODES: tuple[Mode, ...] = ("basic", "verbose_including_cid")
 LARGEST = 10.0**15
 """Of any number in the environment: beyond it, no size in bytes is exact."""
+_log = logging.getLogger("structlog_audit")
 LEAST_SPACE = 2**10
 """Bytes: fewer, as a threshold, are a percentage without its sign."""
 
@@ -52,6 +57,17 @@ class Settings:
         timeout: longest wait of a call in seconds.
         low_space: free space to warn at, in bytes, or below 1 as a part of the file system.
         allow_unsafe_dir: accept a directory that is a link or that anybody may write to.
+        server_url: address of a log server.
+        server_api_key: its key.
+        server_api_key_file: file that holds its key.
+        server_format: what it takes: `clef` (Seq), `ndjson` or `otlp`.
+        server_ca: file with the certificates to trust instead of the usual ones.
+        server_client_cert: file with our own certificate.
+        server_client_key: file with its key.
+        server_timeout: longest duration of a call to it in seconds; half of `timeout` if None.
+        server_allow_insecure: accept a server without TLS on another machine.
+        policy: with a directory and a server: `all` must confirm, or the `first` that can.
+        startup: `strict` or `lazy`: whether a server must be there when the processors are made.
     """
 
     directory: str | None = None
@@ -63,6 +79,17 @@ class Settings:
     timeout: float = DEFAULT_TIMEOUT
     low_space: float = DEFAULT_LOW_SPACE
     allow_unsafe_dir: bool = False
+    server_url: str | None = None
+    server_api_key: str | None = field(default=None, repr=False)
+    server_api_key_file: str | None = None
+    server_format: str = "clef"
+    server_ca: str | None = None
+    server_client_cert: str | None = None
+    server_client_key: str | None = None
+    server_timeout: float | None = None
+    server_allow_insecure: bool = False
+    policy: str | None = None
+    startup: str = "strict"
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -78,23 +105,77 @@ class Settings:
         given: dict[str, object] = {}
         for name, text in sorted(environ.items()):
             if name.startswith(("AUDIT_LOG_", "AUDIT_SERVER_")):
-                field, parse = _variable(name)
+                attribute, parse = _variable(name)
                 try:
-                    given[field] = parse(text.strip())
+                    given[attribute] = parse(text.strip())
                 except ValueError as error:
-                    raise AuditConfigurationError(f"{name}={text!r}: {error}") from None
+                    shown = "…" if name in _SECRET else repr(text)
+                    raise AuditConfigurationError(f"{name}={shown}: {error}") from None
         return cls(**given)  # type: ignore[arg-type]  # each parser gives its field's type
+
+    @property
+    def target(self) -> str | None:
+        """The variables that name where entries go, for messages; None without any."""
+        named = [f"AUDIT_LOG_DIR={self.directory}"] if self.directory is not None else []
+        if self.server_url is not None:
+            named.append("AUDIT_SERVER_URL")
+        return " and ".join(named) or None
 
     def sink(self) -> Sink:
         """Make the sink.
 
         Raises:
-            AuditConfigurationError: no target is named, or its name is unusable.
+            AuditConfigurationError: no target is named, or what is named is unusable.
         """
+        self._check_server()
+        if self.server_url is None:
+            return self._local_sink()
+        if self.directory is None:
+            return self._server_sink()
+        both = (self._server_sink(), self._local_sink())
+        return FirstOf(*both) if self.policy == "first" else AllOf(*both)
+
+    def _check_server(self) -> None:
+        """Refuse what has no meaning, or contradicts itself."""
+        given = [
+            name for name, (attribute, _) in _VARIABLES.items()
+            if attribute.startswith("server_") and getattr(self, attribute) not in (None, False)
+            and attribute not in ("server_url", "server_format")
+        ]  # fmt: skip
+        if self.server_url is None and given:
+            raise AuditConfigurationError(f"{given[0]} is set, and AUDIT_SERVER_URL is not")
+        if self.policy is not None and None in (self.server_url, self.directory):
+            raise AuditConfigurationError(
+                "AUDIT_LOG_POLICY says how two targets go together, and there is one at most",
+                hint="set both AUDIT_LOG_DIR and AUDIT_SERVER_URL, or unset it",
+            )
+        if self.server_timeout is not None and self.server_timeout >= self.timeout:
+            raise AuditConfigurationError(
+                f"the server's time-out ({self.server_timeout:g} s) is not shorter than that of a "
+                f"call ({self.timeout:g} s)",
+                hint="lower AUDIT_SERVER_TIMEOUT, or raise AUDIT_LOG_TIMEOUT",
+            )
+
+    def _server_sink(self) -> HttpSink:
+        assert self.server_url is not None
+        options: dict[str, Any] = {
+            "api_key": self.server_api_key,
+            "api_key_file": self.server_api_key_file,
+            "timeout": self.server_timeout or self.timeout / 2,
+            "ca": self.server_ca,
+            "client_cert": self.server_client_cert,
+            "client_key": self.server_client_key,
+            "allow_insecure": self.server_allow_insecure,
+        }
+        if self.server_format == "clef":
+            return SeqSink(self.server_url, **options)
+        return HttpSink(self.server_url, format=self.server_format, **options)  # type: ignore[arg-type]
+
+    def _local_sink(self) -> Sink:
         if self.directory is None:
             raise AuditConfigurationError(
                 "no target for audit entries is configured",
-                hint="set AUDIT_LOG_DIR to a directory, or pass "
+                hint="set AUDIT_LOG_DIR to a directory, AUDIT_SERVER_URL to a server, or pass "
                 'handler=AuditHandler(FileSink("./audit")) to audit_processors()',
             )
         if self.directory in ("/dev/stdout", "/dev/stderr"):
@@ -115,7 +196,14 @@ class Settings:
             max_age=self.max_age,
             low_space=self.low_space,
         )
-        handler.check()
+        try:
+            handler.check()
+        except AuditConfigurationError as error:
+            if self.server_url is None or self.startup != "lazy":
+                raise
+            if self.directory is not None:
+                AuditHandler(self._local_sink()).check()
+            _log.warning("%s; starting all the same, as AUDIT_LOG_STARTUP=lazy asks", error)
         return handler
 
 
@@ -133,10 +221,13 @@ def _directory(text: str) -> str:
     return _text(text)
 
 
-def _mode(text: str) -> str:
-    if text not in MODES:
-        raise ValueError(f"it must be one of {', '.join(MODES)}")
-    return text
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"it must be one of {', '.join(words)}")
+        return text
+
+    return parse
 
 
 def _number(units: Mapping[str, int], example: str) -> Callable[[str], float]:
@@ -191,7 +282,7 @@ def _flag(text: str) -> bool:
 
 _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "AUDIT_LOG_DIR": ("directory", _directory),
-    "AUDIT_LOG_MODE": ("mode", _mode),
+    "AUDIT_LOG_MODE": ("mode", _one_of(*MODES)),
     "AUDIT_LOG_APP": ("app", _text),
     "AUDIT_LOG_PREFIX": ("prefix", _text),
     "AUDIT_LOG_MAX_BYTES": ("max_bytes", _or_none(_whole_bytes)),
@@ -199,18 +290,25 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "AUDIT_LOG_TIMEOUT": ("timeout", _seconds),
     "AUDIT_LOG_LOW_SPACE": ("low_space", _space),
     "AUDIT_LOG_ALLOW_UNSAFE_DIR": ("allow_unsafe_dir", _flag),
+    "AUDIT_LOG_POLICY": ("policy", _one_of("all", "first")),
+    "AUDIT_LOG_STARTUP": ("startup", _one_of("strict", "lazy")),
+    "AUDIT_SERVER_URL": ("server_url", _text),
+    "AUDIT_SERVER_API_KEY": ("server_api_key", _text),
+    "AUDIT_SERVER_API_KEY_FILE": ("server_api_key_file", _text),
+    "AUDIT_SERVER_FORMAT": ("server_format", _one_of("clef", "ndjson", "otlp")),
+    "AUDIT_SERVER_CA": ("server_ca", _text),
+    "AUDIT_SERVER_CLIENT_CERT": ("server_client_cert", _text),
+    "AUDIT_SERVER_CLIENT_KEY": ("server_client_key", _text),
+    "AUDIT_SERVER_TIMEOUT": ("server_timeout", _seconds),
+    "AUDIT_SERVER_ALLOW_INSECURE": ("server_allow_insecure", _flag),
 }
+_SECRET = {"AUDIT_SERVER_API_KEY", "AUDIT_SERVER_URL"}  # a URL may carry a password by mistake
 
 
 def _variable(name: str) -> tuple[str, Callable[[str], object]]:
     known = _VARIABLES.get(name)
     if known is not None:
         return known
-    if name.startswith("AUDIT_SERVER_"):
-        raise AuditConfigurationError(
-            f"{name} is set, but this version has no remote sinks",
-            hint="unset it and set AUDIT_LOG_DIR",
-        )
     import difflib
 
     close = difflib.get_close_matches(name, _VARIABLES, n=1)
@@ -243,10 +341,10 @@ class _Host:
 
     def refuse_others(self) -> None:
         """Let code name no target where the environment does."""
-        directory = self.settings().directory
-        if directory is not None:
+        target = self.settings().target
+        if target is not None:
             raise AuditConfigurationError(
-                f"the environment names a target for audit entries (AUDIT_LOG_DIR={directory}), "
+                f"the environment names a target for audit entries ({target}), "
                 "so code may not name another",
                 hint="remove handler= or settings= from the code (for logging, use "
                 '{"()": "structlog_audit.audit_handler"}), or the variable from the environment; '

@@ -11,10 +11,12 @@ from running import run_well
 import structlog_audit
 
 ROWS = [
-    "exceptions _version values context chain sinks.__init__ sinks._base sinks._durable",
-    "entry alarm helper disk",
-    "call commit sinks.file sinks.console",
-    "session processors operation",
+    "exceptions _version values context chain sinks.__init__ sinks._base sinks._durable "
+    "sinks._exchange",
+    "entry alarm helper disk sinks._key",
+    "formats",
+    "call commit sinks.file sinks.console sinks.http sinks.combine",
+    "session processors operation sinks.seq",
     "handler logger",
     "settings testing",
     "doctor demo bench _pytest",

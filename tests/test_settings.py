@@ -20,6 +20,7 @@ from structlog_audit import (
     audit_log,
     audit_processors,
 )
+from structlog_audit.settings import _Host
 from structlog_audit.testing import MemorySink
 
 MakeHandler = Callable[..., AuditHandler]
@@ -124,13 +125,145 @@ def test_variables_of_others_are_left_alone() -> None:
     assert Settings.from_environ({"AUDIT_TRAIL": "x", "PATH": "y"}) == Settings()
 
 
-@pytest.mark.parametrize("variable", ["AUDIT_SERVER_URL", "AUDIT_SERVER_API_KEY"])
-def test_a_remote_server_is_refused_in_this_version(variable: str, audit_dir: Path) -> None:
-    """It must not look as if entries went there; the key is not shown."""
-    with pytest.raises(AuditConfigurationError, match=f"{variable} .*no remote sinks") as caught:
-        Settings.from_environ({variable: "hunter2", "AUDIT_LOG_DIR": str(audit_dir)})
+SERVER = {"AUDIT_SERVER_URL": "https://logs.example.com/seq"}
+DIRECTORY = {"AUDIT_LOG_DIR": "/var/log/audit"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (SERVER, "SeqSink('https://logs.example.com/seq')"),
+        ({**SERVER, "AUDIT_SERVER_FORMAT": "clef"}, "SeqSink('https://logs.example.com/seq')"),
+        ({**SERVER, "AUDIT_SERVER_FORMAT": "ndjson"}, "HttpSink('https://logs.example.com/seq')"),
+        ({**SERVER, "AUDIT_SERVER_FORMAT": "otlp"}, "HttpSink('https://logs.example.com/seq')"),
+        (
+            {**SERVER, **DIRECTORY},
+            "AllOf(SeqSink('https://logs.example.com/seq'), FileSink('/var/log/audit'))",
+        ),
+        (
+            {**SERVER, **DIRECTORY, "AUDIT_LOG_POLICY": "first"},
+            "FirstOf(SeqSink('https://logs.example.com/seq'), FileSink('/var/log/audit'))",
+        ),
+        (
+            {**SERVER, "AUDIT_LOG_DIR": "/dev/stdout"},
+            "AllOf(SeqSink('https://logs.example.com/seq'), ConsoleSink('stdout'))",
+        ),
+    ],
+)
+def test_variables_make_sinks(variables: dict[str, str], expected: str) -> None:
+    """The server stands first: while it is away, no file fills with aborted entries."""
+    assert repr(Settings.from_environ(variables).sink()) == expected
+
+
+def test_each_variable_of_the_server_reaches_its_sink(tmp_path: Path) -> None:
+    """Key, authority, certificate, time-out."""
+    for name in ("ca.pem", "cert.pem", "key.pem"):
+        (tmp_path / name).touch()
+    variables = {
+        **SERVER,
+        "AUDIT_SERVER_URL": "http://logs.example.com",
+        "AUDIT_SERVER_API_KEY": "hunter2",
+        "AUDIT_SERVER_CA": str(tmp_path / "ca.pem"),
+        "AUDIT_SERVER_CLIENT_CERT": str(tmp_path / "cert.pem"),
+        "AUDIT_SERVER_CLIENT_KEY": str(tmp_path / "key.pem"),
+        "AUDIT_SERVER_TIMEOUT": "3s",
+        "AUDIT_SERVER_ALLOW_INSECURE": "1",
+    }
+
+    settings = Settings.from_environ(variables)
+    sink: Any = settings.sink()
+
+    assert sink._key.text() == "hunter2"
+    assert sink.timeout == 3
+    assert sink.allow_insecure
+    assert sink._files == {
+        "ca": str(tmp_path / "ca.pem"),
+        "client_cert": str(tmp_path / "cert.pem"),
+        "client_key": str(tmp_path / "key.pem"),
+    }
+    assert "hunter2" not in repr(settings)
+
+
+def test_a_key_in_a_file_of_the_host(tmp_path: Path) -> None:
+    """As secret stores mount it."""
+    (tmp_path / "key").write_text("hunter2\n")
+
+    sink: Any = Settings.from_environ(
+        {**SERVER, "AUDIT_SERVER_API_KEY_FILE": str(tmp_path / "key")}
+    ).sink()
+
+    assert sink._key.text() == "hunter2"
+
+
+def test_a_server_has_half_of_the_time() -> None:
+    """So that a second target has its share."""
+    sink: Any = Settings.from_environ({**SERVER, "AUDIT_LOG_TIMEOUT": "4s"}).sink()
+
+    assert sink.timeout == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"AUDIT_SERVER_API_KEY": "hunter2"}, "AUDIT_SERVER_API_KEY is set, and AUDIT_SERVER_URL"),
+        ({"AUDIT_SERVER_TIMEOUT": "1s", **DIRECTORY}, "AUDIT_SERVER_TIMEOUT is set, and"),
+        ({**SERVER, "AUDIT_LOG_POLICY": "all"}, "there is one at most"),
+        ({**DIRECTORY, "AUDIT_LOG_POLICY": "first"}, "there is one at most"),
+        ({**SERVER, "AUDIT_SERVER_TIMEOUT": "10s"}, "is not shorter than that of a call"),
+        ({**SERVER, "AUDIT_SERVER_FORMAT": "xml"}, "must be one of clef, ndjson, otlp"),
+        ({**SERVER, "AUDIT_LOG_POLICY": "any"}, "must be one of all, first"),
+        ({**SERVER, "AUDIT_LOG_STARTUP": "never"}, "must be one of strict, lazy"),
+        ({"AUDIT_SERVER_URL": "http://logs.example.com"}, "AUDIT_SERVER_ALLOW_INSECURE"),
+        ({"AUDIT_SERVER_URL": "https://a:hunter2@logs.example.com"}, "carries a key or a password"),
+        ({**SERVER, "AUDIT_SERVER_API_KEY": ""}, "AUDIT_SERVER_API_KEY=…: it is empty"),
+        ({**SERVER, "AUDIT_SERVER_API_KEY": "hunter2 x"}, "characters that no key has"),
+        ({**SERVER, "AUDIT_SERVER_CA": "/nowhere"}, "ca: /nowhere is no file"),
+        ({"AUDIT_SERVER_API": "x"}, "did you mean AUDIT_SERVER_(API_KEY|CA|URL)"),
+    ],
+)
+def test_server_variables_that_contradict_are_refused(
+    variables: dict[str, str], words: str
+) -> None:
+    """Without repeating what is secret."""
+    with pytest.raises(AuditConfigurationError, match=words) as caught:
+        Settings.from_environ(variables).sink()
 
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_server_that_is_away_fails_the_start_or_is_warned_of(
+    audit_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the host decides; a directory that cannot be used fails it in any case."""
+    monkeypatch.setenv("AUDIT_SERVER_URL", "http://127.0.0.1:1")
+    with pytest.raises(AuditConfigurationError, match="cannot be reached"):
+        audit_processors()
+
+    monkeypatch.setenv("AUDIT_LOG_STARTUP", "lazy")
+    monkeypatch.setattr("structlog_audit.settings._host", _Host())
+    audit_processors()
+    assert "starting all the same, as AUDIT_LOG_STARTUP=lazy asks" in caplog.text
+
+    audit_dir.write_text("a file")
+    monkeypatch.setenv("AUDIT_LOG_DIR", str(audit_dir))
+    monkeypatch.setattr("structlog_audit.settings._host", _Host())
+    with pytest.raises(AuditConfigurationError, match="ENOTDIR"):
+        audit_processors()
+
+
+def test_the_first_policy_starts_with_the_directory_alone(
+    audit_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the server is away, entries go to the directory."""
+    monkeypatch.setenv("AUDIT_SERVER_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AUDIT_SERVER_TIMEOUT", "0.2s")
+    monkeypatch.setenv("AUDIT_LOG_DIR", str(audit_dir))
+    monkeypatch.setenv("AUDIT_LOG_POLICY", "first")
+    structlog.configure(processors=[*audit_processors()])
+
+    audit_log.info(action="A")
+
+    assert [entry["action"] for entry in recorded(audit_dir)] == ["A"]
 
 
 def test_the_environment_alone_is_enough(audit_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
