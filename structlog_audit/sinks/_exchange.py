@@ -9,8 +9,10 @@ Only this module imports `requests`, and only `http` imports this one, when a UR
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from time import monotonic
@@ -22,6 +24,20 @@ from requests.utils import get_environ_proxies
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, NewConnectionError
+
+_ours = threading.local()
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    """Keep what urllib3 logs of our own requests out of logging.
+
+    An application that audits or ships what is logged would do so from within our request.
+    """
+    return not getattr(_ours, "busy", False)
+
+
+for _name in ("urllib3.connectionpool", "urllib3.connection", "urllib3.util.retry"):
+    logging.getLogger(_name).addFilter(_is_of_others)
 
 MAX_ANSWER = 64 * 1024
 """Bytes of an answer that are read; a log server answers with some dozens."""
@@ -238,10 +254,13 @@ class Client:
     def _send(self, request: Any, end: float, on_wait: Callable[[], None] | None) -> Answer:
         exchange = self._exchange
         exchange.begin(end, on_wait)
+        _ours.busy = True
         try:
             return self._exchange_with(request, exchange.left())
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
             problem = _problem(error)
+        finally:
+            _ours.busy = False
         # outside of the handler: what is raised must not carry the request and its key along
         kept, self._used = self._used and not exchange.connected, False
         raise NoAnswer(
