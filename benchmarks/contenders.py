@@ -5,20 +5,32 @@ A contender is opened in a process of its own, in an empty directory. Its `call`
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
+import socket
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import structlog
 
 from benchmarks.entries import Entry
-from structlog_audit import AuditHandler, FileSink, Redact, Sink, audit_log, audit_processors
+from structlog_audit import (
+    AuditHandler,
+    FileSink,
+    Redact,
+    SeqSink,
+    Sink,
+    audit_log,
+    audit_processors,
+)
 from structlog_audit.chain import link
 from structlog_audit.entry import Renderer
+from structlog_audit.formats import clef
 
 Call = Callable[[Entry], object]
 Open = Callable[[Path, dict[str, Any]], Call]
@@ -43,6 +55,30 @@ def _line(renderer: Renderer, entry: Entry) -> bytes:
     """Return the bytes that an audit call writes for an entry."""
     given = {"description": "An invoice was deleted.", **entry}
     return link(renderer.render(given).text, "k3v9w0q1z7m2x8c4b6n5", 1000, "0" * 64) + b"\n"
+
+
+class BarePost:
+    """The floor of a server: the bytes that an audit call would post, over a kept connection."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
+        self._connection.connect()
+        self._connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._renderer = Renderer(app="billing")
+        self._bodies: dict[int, bytes] = {}
+
+    def prepare(self, entry: Entry) -> None:
+        """Make the body, outside of what is timed."""
+        self._bodies[id(entry)] = clef(_line(self._renderer, entry)) + b"\n"
+
+    def __call__(self, entry: Entry) -> None:
+        """Post it and read the answer."""
+        headers = {"Content-Type": "application/vnd.serilog.clef"}
+        self._connection.request("POST", "/ingest/clef", self._bodies[id(entry)], headers)
+        answer = self._connection.getresponse()
+        assert answer.status == 201
+        answer.read()
 
 
 class Bare:
@@ -99,6 +135,14 @@ def _ours_redacting(directory: Path, options: dict[str, Any]) -> Call:
 
 def _ours_nowhere(directory: Path, options: dict[str, Any]) -> Call:
     return _configure(Nowhere(), options)
+
+
+def _bare_post(directory: Path, options: dict[str, Any]) -> Call:
+    return BarePost(options["url"])
+
+
+def _ours_post(directory: Path, options: dict[str, Any]) -> Call:
+    return _configure(SeqSink(options["url"]), options)
 
 
 def _naive_structlog(directory: Path, options: dict[str, Any]) -> Call:
@@ -174,6 +218,8 @@ BARE_FSYNC = "write + fsync"
 OURS = "structlog-audit"
 REDACTING = "structlog-audit, Redact"
 NOWHERE = "structlog-audit, no disk"
+BARE_POST = "http.client, POST"
+OURS_POST = "structlog-audit, SeqSink"
 
 CONTENDERS: dict[str, tuple[Open, str]] = {
     BARE: (_bare(_sync), "durable, raises; the floor: no entry is made, nothing is linked"),
@@ -189,5 +235,7 @@ CONTENDERS: dict[str, tuple[Open, str]] = {
     "rust-py-audit, fsync": (_rust(fsync=True), "durable but for the file's name, raises"),
     "rust-py-audit": (_rust(fsync=False), "not durable"),
     NOWHERE: (_ours_nowhere, "nothing: the share of the processor alone"),
+    BARE_POST: (_bare_post, "durable if the server says the truth; no deadline, no repetition"),
+    OURS_POST: (_ours_post, "durable if the server says the truth, raises"),
 }
 """Name, how to open it, and what it promises when its call returns."""

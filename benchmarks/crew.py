@@ -93,6 +93,21 @@ def crew(
         shutil.rmtree(home, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def server(disk: Path) -> Iterator[str]:
+    """Start the tests' stand-in for Seq, which syncs each request; yield its URL."""
+    program = HOME.parent / "tests" / "servers" / "seq.py"
+    command = [sys.executable, str(program), "--port", "0", "--store", str(disk / "seq.clef")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
 def rounds(members: Sequence[Member], count: int, **order: Any) -> list[list[Answer]]:
     """Have each do the same, in turns; return the answers of each, one for every round."""
     answers: list[list[Answer]] = [[] for _ in members]

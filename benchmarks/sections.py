@@ -7,14 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import BARE, CONTENDERS, NOWHERE, OURS, REDACTING
-from benchmarks.crew import Answer, Member, crew, has_compiler, rounds
+from benchmarks.contenders import (
+    BARE,
+    BARE_POST,
+    CONTENDERS,
+    NOWHERE,
+    OURS,
+    OURS_POST,
+    REDACTING,
+)
+from benchmarks.crew import Answer, Member, crew, has_compiler, rounds, server
 from benchmarks.entries import MIX, SIZES
 from benchmarks.report import percentile, spread, table
 
 Figures = dict[str, Any]
 SLOW = {"1 ms": 1_000, "2 ms": 2_000, "5 ms": 5_000}
 MANY_FILES = 10_000
+ON_DISK = [name for name in CONTENDERS if name not in (NOWHERE, BARE_POST, OURS_POST)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def _available(names: Sequence[str]) -> list[str]:
 
 def one_call(plan: Plan) -> Figures:
     """One call after the other: everybody, beside the floor."""
-    names = _available([name for name in CONTENDERS if name != NOWHERE])
+    names = _available(ON_DISK)
     with crew(plan.disk, names) as members:
         rounds(members, 1, do="latency", calls=plan.calls // 4 + 1)  # warm
         answers = rounds(members, plan.rounds, do="latency", calls=plan.calls)
@@ -257,6 +266,36 @@ def slow_disks(plan: Plan) -> Figures:
     return figures
 
 
+def servers(plan: Plan) -> Figures:
+    """A call over HTTP beside a bare POST of the same bytes, to the same server on this machine."""
+    with (
+        server(plan.disk) as url,
+        crew(plan.disk, [BARE_POST, OURS_POST], options={"url": url}) as members,
+    ):
+        bare, ours = members
+        rounds(members, 1, do="latency", calls=plan.calls // 4 + 1)  # warm
+        floor, posts = rounds(members, plan.rounds, do="latency", calls=plan.calls)
+        rows, figures = [], {}
+        for count in [count for count in plan.threads if count in (1, 2, 8, 64)]:
+            serial, rates = [], []
+            for _ in range(plan.rounds):
+                few = max(1, plan.calls // 4)
+                serial.append(bare.do(do="threads", calls=few, count=1)["rate"])
+                calls = max(plan.calls, 25 * count if plan.calls > 10 else count)
+                rates.append(ours.do(do="threads", calls=calls, count=count)["rate"])
+            ratios = [a / b for a, b in zip(rates, serial, strict=True)]
+            figures[str(count)] = {"rate": rates, "serial": serial, "ratio": ratios}
+            rows.append((f"{count} threads", spread(serial, 0), spread(rates, 0), spread(ratios)))
+    ratios = _ratios(posts, floor)
+    one = (f"{spread(_p(floor, 0.5), 0)} µs", f"{spread(_p(posts, 0.5), 0)} µs", spread(ratios))
+    table(
+        "A server on this machine that syncs each request: entries a second, 500 B",
+        ("", "floor, one by one, /s", "ours, /s", "ours / floor"),
+        [("one call, p50", *one), *rows],
+    )
+    return {"one_call": ratios, "threads": figures}
+
+
 def first_calls(plan: Plan) -> Figures:
     """The first call after the start: it makes the file, and syncs it with its directory."""
     firsts: dict[str, list[float]] = {BARE: [], OURS: []}
@@ -341,6 +380,6 @@ SECTIONS: dict[str, Callable[[Plan], Figures]] = {
     section.__name__: section
     for section in (
         one_call, sizes, processor, many_threads, many_tasks, many_processes, slow_disks,
-        first_calls, rotation, big_files, full_directory,
+        servers, first_calls, rotation, big_files, full_directory,
     )
 }  # fmt: skip

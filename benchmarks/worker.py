@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter_ns, thread_time_ns
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS, Bare, Call
+from benchmarks.contenders import CONTENDERS, Bare, BarePost, Call
 from benchmarks.entries import Entry, entries
 from structlog_audit import audit_log
 
@@ -97,7 +97,7 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def _prepare(call: Call, given: list[Entry]) -> None:
-    if isinstance(call, Bare):
+    if isinstance(call, (Bare, BarePost)):
         for entry in given:
             call.prepare(entry)
 

@@ -27,7 +27,11 @@ from structlog_audit.handler import AuditHandler
 from structlog_audit.logger import audit_log
 from structlog_audit.processors import RouteAudit, check_order
 from structlog_audit.settings import Settings
+from structlog_audit.sinks._base import Sink
+from structlog_audit.sinks.combine import AllOf, FirstOf
 from structlog_audit.sinks.file import FileSink
+from structlog_audit.sinks.http import HttpSink
+from structlog_audit.sinks.seq import SeqSink
 from structlog_audit.testing import capture_audit
 
 SAMPLES = 50
@@ -111,25 +115,62 @@ def diagnose(app: str | None = None) -> Report:
 
 
 def _examine(handler: AuditHandler, report: Report) -> None:
-    sink = handler.sink
-    if isinstance(sink, FileSink):
+    _examine_sink(handler.sink, handler, report)
+    if report.mode != "basic":
+        report.problems.append(f"AUDIT_LOG_MODE={report.mode}: requests may be recorded in full")
+    report.enabled = True
+
+
+def _examine_sink(sink: Sink, handler: AuditHandler, report: Report) -> None:
+    if isinstance(sink, AllOf):
+        for part in sink.sinks:
+            _examine_sink(part, handler, report)
+    elif isinstance(sink, FirstOf):
+        _examine_alternatives(sink, handler, report)
+    elif isinstance(sink, FileSink):
         _examine_directory(handler, sink, report)
+    elif isinstance(sink, HttpSink):
+        _examine_server(sink, report)
     else:
-        handler.check()
+        AuditHandler(sink).check()
         report.problems.append(
             f"{sink!r} confirms that a stream took the bytes, not that they are on a disk: "
             "what collects them must be as reliable as you need it"
         )
-    if report.mode != "basic":
-        report.problems.append(f"AUDIT_LOG_MODE={report.mode}: requests may be recorded in full")
-    report.enabled = True
+
+
+def _examine_alternatives(sink: FirstOf, handler: AuditHandler, report: Report) -> None:
+    report.policy = "first"
+    failed: list[AuditError] = []
+    for part in sink.sinks:
+        try:
+            _examine_sink(part, handler, report)
+        except AuditError as error:
+            failed.append(error)
+            report.problems.append(f"{error}")
+    if len(failed) == len(sink.sinks):
+        raise failed[0]
+
+
+def _examine_server(sink: HttpSink, report: Report) -> None:
+    AuditHandler(sink).check()
+    if sink.allow_insecure and sink.url.startswith("http:"):
+        report.problems.append(
+            f"NOT ENCRYPTED: {sink!r} is reached without TLS; whoever is in between reads and "
+            "changes entries, and has the key"
+        )
+    if not isinstance(sink, SeqSink):
+        report.problems.append(
+            f"{sink!r} confirms what its documentation says, which is seldom that an entry is on "
+            "a disk; set AUDIT_LOG_DIR as well (policy all), or in code AllOf(sink, FileSink(…))"
+        )
 
 
 def _examine_directory(handler: AuditHandler, sink: FileSink, report: Report) -> None:
     missing = _missing(sink.directory)
     try:
         try:
-            handler.check()
+            AuditHandler(sink).check()
         finally:
             if os.path.isdir(sink.directory):
                 _look_at_directory(handler, sink, report)

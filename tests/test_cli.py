@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from servers.processes import SeqServer
 
 from structlog_audit import bench
 
@@ -321,3 +322,60 @@ def test_bench_without_a_directory_says_what_to_name(tmp_path: Path) -> None:
         assert done.stderr.startswith("error: ")
         assert "hint: name one" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_doctor_looks_at_a_server_and_a_directory(tmp_path: Path) -> None:
+    """Both are there; the policy is said."""
+    with SeqServer(tmp_path) as seq:
+        variables = {"AUDIT_SERVER_URL": seq.url, "AUDIT_LOG_DIR": str(tmp_path / "audit")}
+        done = run("doctor", "--json", cwd=tmp_path, **variables)
+        report = json.loads(done.stdout)
+
+    assert done.returncode == 0
+    assert report["policy"] == "all"
+    assert report["target"].startswith("AllOf(SeqSink(")
+    assert report["latency"]["p50_us"] > 0
+    assert not (tmp_path / "audit").exists()
+
+
+@pytest.mark.parametrize(("policy", "status"), [("all", 1), ("first", 0)])
+def test_doctor_names_a_server_that_is_away(policy: str, status: int, tmp_path: Path) -> None:
+    """An entry can be recorded all the same if the first that confirms is enough."""
+    variables = {"AUDIT_SERVER_URL": "http://127.0.0.1:1", "AUDIT_LOG_DIR": str(tmp_path / "a"),
+                 "AUDIT_LOG_POLICY": policy}  # fmt: skip
+
+    done = run("doctor", cwd=tmp_path, **variables)
+
+    assert done.returncode == status
+    assert "cannot be reached: Connection refused" in done.stdout
+    assert "is the server running" in done.stdout
+
+
+def test_doctor_says_what_a_server_does_not_prove(tmp_path: Path) -> None:
+    """An answer of a server that is no Seq; and one that is not encrypted, loudly."""
+    with SeqServer(tmp_path, "--ndjson", "200") as seq:
+        variables = {"AUDIT_SERVER_URL": seq.url, "AUDIT_SERVER_FORMAT": "ndjson"}
+        done = run("doctor", cwd=tmp_path, **variables, AUDIT_SERVER_ALLOW_INSECURE="1")
+
+    assert done.returncode == 0, done.stdout
+    assert "seldom that an entry is on a disk" in done.stdout
+    assert "NOT ENCRYPTED" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"AUDIT_SERVER_URL": "logs.example.com"}, "looks like https://logs.example.com"),
+        ({"AUDIT_SERVER_URL": "https://audit.invalid"}, "its name cannot be looked up"),
+        ({"AUDIT_SERVER_API_KEY": "hunter2"}, "AUDIT_SERVER_URL is not"),
+    ],
+)
+def test_doctor_explains_a_server_that_cannot_be(
+    variables: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    """One message each, without what is secret."""
+    done = run("doctor", cwd=tmp_path, **variables)
+
+    assert done.returncode == 1
+    assert words in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
