@@ -25,6 +25,7 @@ from structlog_audit.logger import audit_log
 from structlog_audit.processors import AddAuditFields, RouteAudit
 from structlog_audit.settings import Settings
 from structlog_audit.sinks.file import FileSink
+from structlog_audit.values import plain
 
 THREADS = (1, 8, 64)
 SECONDS = 10.0
@@ -77,7 +78,8 @@ class Bench:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return asdict(self)
+        as_dict: dict[str, Any] = plain(asdict(self))
+        return as_dict
 
 
 def run_bench(
@@ -180,11 +182,12 @@ def _rate(work: Callable[[], object], count: int, seconds: float) -> float:
         AuditError: what the first thread raised that failed.
     """
     done, failed = [0] * count, []
+    over = threading.Event()
     end = perf_counter() + seconds
 
     def repeat(number: int) -> None:
         try:
-            while perf_counter() < end:
+            while perf_counter() < end and not over.is_set():
                 work()
                 done[number] += 1
         except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
@@ -192,10 +195,16 @@ def _rate(work: Callable[[], object], count: int, seconds: float) -> float:
 
     threads = [threading.Thread(target=repeat, args=(number,)) for number in range(count)]
     begin = perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:  # Ctrl-C: nobody writes any more when the directory is removed
+        over.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
     if failed:
         raise failed[0]
     return sum(done) / (perf_counter() - begin)

@@ -53,6 +53,14 @@ def receipt_of(cancelled: BaseException) -> Receipt | None:
     return receipt
 
 
+class Redaction(Protocol):
+    """What keeps values out of entries; see `structlog_audit.Redact`."""
+
+    def field(self, key: str, value: object) -> Any:
+        """Return what stands in the entry for a value under this name."""
+        ...
+
+
 class Call:
     """One call.
 
@@ -63,7 +71,9 @@ class Call:
         described: whether the caller gave a text.
     """
 
-    __slots__ = ("delivered", "described", "given", "how", "kind", "pending", "receipt")
+    __slots__ = (
+        "delivered", "described", "given", "how", "kind", "pending", "receipt", "redactions",
+    )  # fmt: skip
 
     def __init__(
         self, given: Mapping[str, object], kind: Kind, how: How, *, described: bool
@@ -73,6 +83,7 @@ class Call:
         self.how: How = how
         self.described = described
         self.delivered = False
+        self.redactions: list[Redaction] = []  # that it has come through
         self.receipt: Receipt | None = None
         self.pending: Coroutine[Any, Any, Receipt] | None = None
 
@@ -81,6 +92,12 @@ class Call:
 
     def __deepcopy__(self, memo: object) -> Call:
         return self  # a processor may copy the event dict; what becomes of the call is one thing
+
+    def redacted(self, key: str, value: object) -> Any:
+        """Return a value that comes late as it would be if it had come through from the start."""
+        for redaction in self.redactions:
+            value = redaction.field(key, value)
+        return value
 
     def deliver(self, recorder: Recorder, entry: Mapping[str, object]) -> None:
         """Hand the entry over, once, and take note of the answer."""

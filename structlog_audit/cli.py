@@ -86,12 +86,9 @@ def bench(directory: str | None, as_json: bool) -> None:
     """
     result = _with_progress(lambda progress: run_bench(directory, progress))
     if as_json:
-        click.echo(orjson.dumps(result.as_dict(), option=_JSON))
+        click.echo(orjson.dumps(result.as_dict(), option=orjson.OPT_INDENT_2))
     else:
         _print_bench(_console(), result)
-
-
-_JSON = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
 
 
 def _with_progress(work: Callable[[Callable[[float], None]], Bench]) -> Bench:

@@ -47,6 +47,8 @@ MAX_OUTCOMES = 10_000
 """Outcomes that are kept while the sink fails or is stuck; more are refused."""
 MAX_RETRIES = 100
 """Outcomes that are tried again in one turn, while callers wait."""
+LATE = 0.25
+"""Seconds after which who waits looks for itself: who should wake it may be stuck."""
 MAX_REFUSALS = 3
 """Times that the sink refuses an outcome, and takes others, until it is given up."""
 
@@ -152,7 +154,7 @@ class GroupCommit:
         self._inside: set[int] = set()
         self._helper = Helper(self._flush)
         self._flush_due = False
-        self._failed: deque[Ticket] = deque()  # outcomes to be tried again, each alone
+        self._failed: dict[Ticket, None] = {}  # outcomes to be tried again, in order, each alone
         self._lost = 0  # how many were given up
         self._taken = 0  # how many tickets the sink took
 
@@ -261,7 +263,7 @@ class GroupCommit:
         me = get_ident()
         if me in self._inside:
             raise Reentered
-        left = False
+        left = interrupted = False
         try:
             self._inside.add(me)
             if self._claim(ticket):
@@ -270,6 +272,9 @@ class GroupCommit:
                 self._follow(ticket)
             if self._owns(ticket):
                 lead(ticket)
+        except BaseException:
+            interrupted = True
+            raise
         finally:
             try:
                 self._quit(ticket)
@@ -278,6 +283,8 @@ class GroupCommit:
                 self._inside.discard(me)
                 if not left:  # an exception struck within it
                     self._quit(ticket)
+                if (interrupted or not left) and self._queue and not self._leader:
+                    self._order(0.0)  # it struck when the lead was given up, and nobody had it
 
     def _quit(self, ticket: Ticket) -> None:
         """Leave nothing behind that others wait for; normally there is nothing to do."""
@@ -300,8 +307,10 @@ class GroupCommit:
         if self._claim(ticket):  # the leader left before it could see us
             return
         while not (ticket.settled or self._owns(ticket)):
-            if not gate.acquire(timeout=0.0 if self._is_stuck() else _until(deadline)):
-                self._give_up(ticket)
+            patience = 0.0 if self._is_stuck() else _until(deadline)
+            if gate.acquire(timeout=min(patience, LATE)) or ticket.settled or patience > LATE:
+                continue
+            self._give_up(ticket)
 
     def _give_up(self, ticket: Ticket) -> None:
         """Withdraw a ticket after its time, unless it gets the lead or is settled just then."""
@@ -353,22 +362,18 @@ class GroupCommit:
         """Take what is waiting, and commit it."""
         queue, carried = self._queue, own.carried
         first = len(carried)
-        others: list[Ticket] = []  # who want to lead themselves
         size = 0
-        while queue and size < MAX_BATCH_BYTES:
-            try:
-                ticket = queue[0]
-            except IndexError:  # withdrawn in this instant
-                break
-            into = others if ticket.head is _NO_HEAD else carried
-            into.append(ticket)  # before it leaves the queue: it must not get lost
+        for ticket in list(queue):
+            if ticket.head is _NO_HEAD:  # wants to lead itself
+                continue
+            carried.append(ticket)  # before it leaves the queue: it must not get lost
             try:
                 queue.remove(ticket)
-            except ValueError:  # its caller was faster
-                into.pop()
+            except ValueError:  # its caller was faster: withdrawn in this instant
+                carried.pop()
             size += len(ticket.head.text)
-        if others:
-            queue.extendleft(reversed(others))
+            if size >= MAX_BATCH_BYTES:
+                break
         batch = carried[first:]
         self._since = monotonic()
         try:
@@ -384,8 +389,9 @@ class GroupCommit:
         Each alone: one that the sink never takes must not fail others.
         """
         for _ in range(most):
-            ticket = self._failed.popleft()
+            ticket = next(iter(self._failed))
             own.carried.append(ticket)
+            del self._failed[ticket]
             self._since = monotonic()
             self._commit([ticket])
             if ticket.receipt is None and not to_the_end:
@@ -397,6 +403,8 @@ class GroupCommit:
         for ticket in own.carried:
             if ticket.receipt is not None:
                 self._taken += 1
+            elif ticket in self._failed:  # an exception struck when it was kept
+                continue
             elif not ticket.settled:
                 unsettled.append(ticket)
             elif ticket.outcome:
@@ -412,11 +420,11 @@ class GroupCommit:
 
     def _keep(self, ticket: Ticket) -> None:
         """Keep an outcome that failed, unless the sink takes others, and not this one."""
-        ticket.error = None
         ticket.refusals += ticket.seen is not None and self._taken > ticket.seen
         ticket.seen = self._taken
         if ticket.refusals < MAX_REFUSALS:
-            self._failed.append(ticket)
+            self._failed[ticket] = None
+            ticket.error = None
         else:
             self._lost += 1
             self._lose(ticket)
@@ -436,13 +444,12 @@ class GroupCommit:
             if first is not None and first.gate is not None:
                 own.heir = first
                 self._since = monotonic()
-                first.sleepers = own.carried if self.tells_sent else []
+                first.sleepers = [t for t in own.carried if t.gate] if self.tells_sent else []
                 self._leader[_LEAD] = first
                 _open_gate(first)
                 if not first.gone or not first.take_baton():
                     own.heir = None
-                    if self.tells_sent:
-                        own.carried = []
+                    own.carried = [t for t in own.carried if t not in first.sleepers]
                     return
                 self._leader[_LEAD] = own  # it gave up in this instant
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.sinks import _durable
 
+_OCTAL = re.compile(r"\\(040|011|012|134)")  # what proc(5) escapes: blank, tab, newline, backslash
 _IN_MEMORY = {"tmpfs", "ramfs"}
 _ELSEWHERE = {"nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "fuse", "fuseblk", "fuse.sshfs"}
 
@@ -43,7 +45,7 @@ def file_system(path: str) -> dict[str, Any]:
 
 def _mount(line: str) -> tuple[str, str, str]:
     before, _, after = line.partition(" - ")
-    point = before.split()[4].encode().decode("unicode_escape")
+    point = _OCTAL.sub(lambda found: chr(int(found[1], 8)), before.split()[4])
     kind, _, options = after.split(" ", 2)
     return point, kind, options.strip()
 

@@ -33,6 +33,7 @@ from structlog_audit.sinks.file import FileSink
 from structlog_audit.sinks.http import HttpSink
 from structlog_audit.sinks.seq import SeqSink
 from structlog_audit.testing import capture_audit
+from structlog_audit.values import plain
 
 SAMPLES = 50
 SAMPLE_BYTES = 500
@@ -86,7 +87,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return asdict(self)
+        as_dict: dict[str, Any] = plain(asdict(self))
+        return as_dict
 
 
 def diagnose(app: str | None = None) -> Report:

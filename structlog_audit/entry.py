@@ -276,6 +276,8 @@ def _data(given: dict[Any, Any], layout: Layout) -> Mapping[Any, Any]:
 
 def _merged(data: Mapping[Any, Any], extra: dict[Any, Any]) -> dict[Any, Any]:
     merged = {**data, **extra}
+    if isinstance(data, (Copied, Marker)):  # its keys are escaped already, and its marks are ours
+        merged = Copied({**data, **plain(extra)})
     if len(merged) < len(data) + len(extra):
         twice = next(key for key in extra if key in data)
         raise AuditEntryError(

@@ -113,7 +113,7 @@ class AuditHandler(logging.Handler):
             sink, self._renderer, self._alarm, max_bytes=max_bytes, max_age=max_age
         )
         self._commits = GroupCommit(self._sessions.commit, self._sessions.lose, timeout)
-        if isinstance(sink, TellsSent):
+        if isinstance(sink, TellsSent) and sink.on_sent is None:
             sink.on_sent = self._commits.sent
             self._commits.tells_sent = True
         lost = weakref.finalize(self, _forget, self._commits, self._sessions)

@@ -70,7 +70,7 @@ class AddAuditFields:
             given = call.given
             for key, value in audit_fields().items():
                 if key not in given:
-                    event_dict[key] = value
+                    event_dict[key] = call.redacted(key, value) if call.redactions else value
             if self.app is not None:
                 event_dict.setdefault("app", self.app)
         return event_dict
@@ -117,7 +117,7 @@ class RouteAudit:
         entry = dict(event_dict)
         for key in event_dict.keys() - call.given.keys():  # what processors added
             if key in NEIGHBOURS:
-                _take_out(key, entry)
+                _take_out(key, entry, call)
             elif key in taken:
                 del entry[key]
         if call.described and "event" in event_dict:
@@ -125,16 +125,29 @@ class RouteAudit:
         call.deliver(self.handler, entry)
 
 
-def _take_out(key: str, entry: dict[str, Any]) -> None:
+def _take_out(key: str, entry: dict[str, Any], call: Call) -> None:
     """Take out what a processor put under a name of its own, or of ours.
 
     What the application bound under such a name is kept in `data`.
     """
     value = entry.pop(key)
-    if key not in _OURS and get_contextvars().get(key, _OURS) is value:
+    bound = _OURS if key in _OURS else get_contextvars().get(key, _OURS)
+    if bound is value or (
+        bound is not _OURS
+        and call.redactions
+        and bound is not None
+        and _same(call.redacted(key, bound), value)
+    ):
         data = entry.get("data") or {}
         if isinstance(data, Mapping):  # otherwise the handler refuses the entry
             entry["data"] = {key: value, **data}
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:  # noqa: BLE001 - a foreign value may raise anything
+        return False
 
 
 def _describe(entry: dict[str, Any], text: object) -> None:
@@ -219,24 +232,31 @@ class Redact:
 
     def __call__(self, logger: WrappedLogger, method_name: str, event_dict: EventDict) -> EventDict:
         """Redact an audit entry, or pass an ordinary one on unchanged."""
-        if audit_call(method_name, event_dict) is None:
+        call = audit_call(method_name, event_dict)
+        if call is None:
             return event_dict
-        return {key: self._redacted(key, value) for key, value in event_dict.items()}
+        call.redactions.append(self)
+        return {key: self.field(key, value) for key, value in event_dict.items()}
 
-    def _redacted(self, key: str, value: object) -> Any:
+    def field(self, key: str, value: object) -> Any:
+        """Return what stands in the entry for a value under this name."""
         if key == CALL:
             return value
         hidden = self.value(key, value)
         if hidden is not None:
             return hidden
-        if key in FIELDS or key == "event":
-            return self.text(value) if isinstance(value, str) else value
+        if isinstance(value, str) and (key in FIELDS or key == "event"):
+            return self.text(value)
+        if key in FIELDS:
+            return value
         return plain(value, rule=self)
 
     @property
     def hides(self) -> Callable[[str], bool] | None:
         """Tells the names whose values are hidden; None if texts are looked at as well."""
-        return None if self._values else self._either.covers
+        kind = type(self)
+        ours = kind.value is Redact.value and kind.text is Redact.text
+        return self._either.covers if ours and not self._values else None
 
     def value(self, key: str, value: object) -> Marker | None:
         """Return what stands for the value under this name, or None to keep it."""

@@ -132,13 +132,16 @@ def is_plain(
             if not below:
                 return True
             level = below
-    except RuntimeError:  # another thread changes it at this moment
+    except (RuntimeError, IndexError):  # another thread changes it at this moment
         pass
     return False
 
 
 def _is_hidden_pair(items: Sequence[Any], hides: Callable[[str], bool]) -> bool:
-    return len(items) == 2 and type(items[0]) is str and hides(items[0])
+    if len(items) != 2:
+        return False
+    name = items[0] if type(items[0]) is str else key_text(items[0])
+    return name is not None and hides(name)
 
 
 def plain(value: object, *, rule: Rule | None = None, max_text: int = MAX_WEIGHT) -> Any:
@@ -375,17 +378,23 @@ class _Copy:
             if self._left <= 0:
                 return _partial("array", items, count, out)
             self._left -= _NODE_WEIGHT
-            out.append(self._header(item, depth) or self.value(item, depth))
+            item = self._without_hidden_fields(item)  # noqa: PLW2901
+            pair = None if self._rule is None else _pair(item)
+            if pair is None:
+                out.append(self.value(item, depth))
+            else:
+                out.append(
+                    self._header(pair, depth)
+                    or self._inside(
+                        item, depth, lambda _, inner, pair=pair: self._array(pair, inner)
+                    )
+                )
         return out
 
-    def _header(self, item: Any, depth: int) -> list[Any] | None:
-        """Hide the value of a pair in an array, as headers come in; None if it is none."""
-        base = next((kind for kind in (list, tuple) if issubclass(type(item), kind)), None)
-        if self._rule is None or base is None or base.__len__(item) != 2:
-            return None
-        item = base.__getitem__(item, slice(None))  # exact, whatever a subclass makes of it
-        hidden = self._hidden(item[0], item[1])
-        return None if hidden is None else [self.value(item[0], depth), hidden]
+    def _header(self, pair: Sequence[Any], depth: int) -> list[Any] | None:
+        """Hide the second of a pair in an array, as headers come in; None if there is no need."""
+        hidden = self._hidden(pair[0], pair[1])
+        return None if hidden is None else [self.value(pair[0], depth), hidden]
 
     def _hidden(self, key: Any, item: Any) -> Marker | None:
         if self._rule is None:
@@ -399,10 +408,12 @@ class _Copy:
 
     def _without_hidden_fields(self, value: Any) -> Any:
         """Hide fields of a named tuple, which is written as an array."""
-        names = () if self._rule is None else getattr(type(value), "_fields", ())
-        if not names:
+        if self._rule is None or not isinstance(value, tuple):
             return value
-        return [self._hidden(name, item) or item for name, item in zip(names, value, strict=False)]
+        names = getattr(type(value), "_fields", None)
+        if type(names) is not tuple or len(names) != len(value):
+            return value
+        return [self._hidden(name, item) or item for name, item in zip(names, value, strict=True)]
 
     def _take(self, items: Iterable[Any], owner: Any) -> list[Any]:
         """List what a container holds; of one that may lie, no more than could be kept.
@@ -431,6 +442,15 @@ class _Copy:
             return Marker("cut", type="bytes", length=len(raw), sha256=_sha256(raw))
         self._left -= 2 * len(raw)
         return Marker("bytes", base64=base64.b64encode(raw).decode())
+
+
+def _pair(item: Any) -> Sequence[Any] | None:
+    """Return both of a pair, read once, whatever a subclass or another thread makes of it."""
+    base = next((kind for kind in (list, tuple) if issubclass(type(item), kind)), None)
+    if base is None or base.__len__(item) != 2:
+        return None
+    both: Sequence[Any] = base.__getitem__(item, slice(0, 3))
+    return both if len(both) == 2 else None
 
 
 def _simple_key(key: str) -> bool:

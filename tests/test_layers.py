@@ -18,7 +18,7 @@ ROWS = [
     "call commit sinks.file sinks.console sinks.http sinks.combine",
     "session processors operation sinks.seq",
     "handler logger",
-    "settings testing",
+    "settings testing forward",
     "doctor demo bench _pytest",
     "cli",
     "__init__ __main__",

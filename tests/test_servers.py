@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -331,33 +331,41 @@ def test_minimum_level_is_told_and_what_is_below_is_dropped(tmp_path: Path) -> N
 # Seq: durability.
 
 
+@contextmanager
+def seq_in_thread(store: Path) -> Iterator[int]:
+    """Run Seq in this process, where its system calls can be replaced; give its port."""
+    with Server(0, Options(store)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        try:
+            yield server.port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def test_created_is_answered_only_after_fsync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As long as the disk is busy there is no answer, and what it then writes is there already."""
-    busy, at_disk = threading.Event(), threading.Event()
-    written: list[bytes] = []
     store = tmp_path / "store"
+    written: list[bytes] = []
+    idle = threading.Event()
 
     def fsync(_: int) -> None:
         written.append(store.read_bytes())
-        at_disk.set()
-        busy.wait(HANG)
+        idle.wait(HANG)
 
-    with Server(0, Options(store)) as server:
+    with seq_in_thread(store) as port:
         monkeypatch.setattr(os, "fsync", fsync)
-        threading.Thread(target=server.serve_forever, args=[0.01]).start()
-        with closing(socket.create_connection(("127.0.0.1", server.port))) as client:
+        with closing(socket.create_connection(("127.0.0.1", port), 0.2)) as client:
             client.sendall(b"POST /ingest/clef HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(EVENT))
             client.sendall(EVENT)
-            assert at_disk.wait(HANG)
-            client.settimeout(0.1)
             with pytest.raises(TimeoutError):
                 client.recv(1)
-            busy.set()
+            idle.set()
             client.settimeout(HANG)
             assert client.recv(4096).startswith(b"HTTP/1.1 201 Created\r\n")
-        server.shutdown()
     assert written == [EVENT + b"\n"]
 
 
@@ -367,11 +375,9 @@ def test_failed_fsync_is_500(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def fsync(_: int) -> None:
         raise OSError(5, "Input/output error")
 
-    with Server(0, Options(tmp_path / "store")) as server:
+    with seq_in_thread(tmp_path / "store") as port:
         monkeypatch.setattr(os, "fsync", fsync)
-        threading.Thread(target=server.serve_forever, args=[0.01]).start()
-        got = post(f"http://127.0.0.1:{server.port}")
-        server.shutdown()
+        got = post(f"http://127.0.0.1:{port}")
     assert (got.status, got.json) == (500, {"Error": "Ingestion failed."})
 
 
@@ -442,12 +448,14 @@ def _eventually(condition: Callable[[], bool]) -> None:
 
 
 def test_64_kept_connections_store_each_event_once(seq: SeqServer) -> None:
-    """Connections are kept, served at once, and don't cut into one another's lines."""
+    """Connections are kept, served side by side, and don't cut into one another's lines."""
+    all_connected = threading.Barrier(64)
 
     def client(number: int) -> None:
         with closing(connect(seq.url)) as connection:
             ask(connection, None, "/health")
             kept = connection.sock
+            all_connected.wait(HANG)
             for turn in range(5):
                 assert ask(connection, _numbered(number, turn)).status == 201
             assert connection.sock is kept
@@ -463,9 +471,11 @@ def _numbered(number: int, turn: int) -> bytes:
 
 
 def test_connection_is_closed_when_the_client_says_so(seq: SeqServer) -> None:
-    """Connection: close is obeyed; the body is read whole before the answer."""
-    head = b"POST /ingest/clef HTTP/1.1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
-    assert _talk(seq.port, head % len(EVENT) + EVENT).endswith(b"\r\n\r\n" + SEQ_BODY)
+    """Connection: close is obeyed, though more requests have come already."""
+    request = b"POST /ingest/clef HTTP/1.1\r\nContent-Length: %d\r\n" % len(EVENT)
+    kept, last = request + b"\r\n" + EVENT, request + b"Connection: close\r\n\r\n" + EVENT
+    assert _talk(seq.port, kept + last + kept).count(SEQ_BODY) == 2
+    assert seq.stored_lines() == [EVENT] * 2
 
 
 def test_cut_request_stores_nothing(seq: SeqServer) -> None:
@@ -525,6 +535,7 @@ def test_native_lines(tmp_path: Path, words: list[str], status: int, body: bytes
             for path in ("/in/", "/in/a/b"):
                 got = ask(connection, b'{"n":1}\n{"n":2}\n', path, key)
                 assert (got.status, got.body) == (status, body)
+                assert ("content-length" in got.headers) is (status != 204)
             assert ask(connection, b"{}\n[]\n", "/in/", key).status == 400
             assert ask(connection, b"{}", "/in/").status == 401
             assert ask(connection, b"{}", "/in/ingest/clef", key).status == 400
@@ -683,12 +694,13 @@ def test_stored_and_not_answered() -> None:
 
 
 def test_on_connect_steps_are_for_the_next_connection() -> None:
-    """A request on a kept connection doesn't take them."""
+    """They don't wait for a request."""
     script = [scripted.accepted(), scripted.on_connect_reset(), scripted.accepted()]
     with ScriptedServer(script) as server:
         assert post(server.url).status == 201
-        with pytest.raises(ConnectionResetError):
-            post(server.url)
+        with closing(socket.create_connection(("127.0.0.1", server.port), HANG)) as silent:
+            with pytest.raises(ConnectionResetError):
+                silent.recv(1)
         assert post(server.url).status == 201
     assert (len(server.requests), server.cut, server.connections) == (2, [], 3)
 
@@ -777,11 +789,17 @@ def test_script_over_tls(
     tls = ssl.create_default_context(cafile=certificates.ca)
     with ScriptedServer([step], tls=certificates.good.server_context()) as server:
         assert server.url.startswith("https:")
-        if error:
-            with pytest.raises(error):
-                post(server.url, tls=tls, timeout=0.3)
-        else:
-            assert post(server.url, tls=tls).json == GOOD
+        with closing(connect(server.url, tls, 0.3 if error else HANG)) as connection:
+            if isinstance(step, scripted.OnConnect):
+                assert error
+                with pytest.raises(error):
+                    connection.connect()
+            elif error:
+                connection.connect()
+                with pytest.raises(error):
+                    ask(connection)
+            else:
+                assert ask(connection).json == GOOD
     assert len(server.requests) == (not isinstance(step, scripted.OnConnect))
 
 
@@ -796,11 +814,8 @@ def test_scripted_server_ends_though_clients_hang(
         clients = [socket.create_connection(("127.0.0.1", server.port), HANG) for _ in range(3)]
         clients[0].sendall(b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n")
         _eventually(lambda: server.connections == 3)
-        start = time.monotonic()
-    took = time.monotonic() - start
     for client in clients:
         client.close()
-    assert took < 5
 
 
 # Proxies.
@@ -810,7 +825,7 @@ def test_missing_tool_skips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Where a proxy is not installed, its tests say so."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
     for name, run in (("haproxy", haproxy), ("nginx", nginx)):
-        with pytest.raises(pytest.skip.Exception, match=f"fault tool missing: {name}"):
+        with pytest.raises(pytest.skip.Exception, match=f"missing: {name}|{name} injects"):
             with run(tmp_path, ""):
                 pass
 

@@ -107,6 +107,7 @@ class SeqServer:
     def stop(self) -> None:
         """Stop it: connections are still accepted, by the kernel, and never served."""
         self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)  # returns when it stands
 
     def cont(self) -> None:
         """Let it go on."""

@@ -23,6 +23,8 @@ from email.utils import format_datetime
 from http import HTTPStatus
 from typing import TypeAlias
 
+PATIENCE = 5
+"""Seconds within which all steps end when the server does."""
 MEGABYTE = 1024 * 1024
 SEQ_BODY = b'{"MinimumLevelAccepted":null}'
 
@@ -176,7 +178,8 @@ class ScriptedServer:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join()
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), "a step doesn't end; does it wait by Exchange.wait?"
         for sock in self._sockets:
             sock.close()
 
