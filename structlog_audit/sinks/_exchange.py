@@ -162,10 +162,10 @@ def _pools(exchange: Exchange) -> dict[str, Any]:
             return _new(self, exchange)
 
     class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
+        ConnectionCls = Plain  # pyright: ignore[reportAssignmentType]
 
     class TLSPool(HTTPSConnectionPool):
-        ConnectionCls = TLS
+        ConnectionCls = TLS  # pyright: ignore[reportAssignmentType]
 
     return {"http": PlainPool, "https": TLSPool}
 

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import random
@@ -20,7 +21,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from structlog_audit.chain import identity
 from structlog_audit.exceptions import (
@@ -428,16 +429,7 @@ def _hint_for(problem: str) -> str | None:
 
 
 def _checked_url(url: str, *, allow_insecure: bool) -> str:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except (ValueError, TypeError, AttributeError):
-        usable = False
-    if not usable or re.search(r"[\s\x00-\x1f]", url):
-        raise AuditConfigurationError(
-            "the URL of an audit server looks like https://logs.example.com or "
-            "https://logs.example.com:8443/seq"
-        )
+    parts = _parted(url)
     if parts.username is not None or parts.password is not None or "apikey" in parts.query.lower():
         raise AuditConfigurationError(
             "the URL of an audit server carries a key or a password, which ends up in logs",
@@ -450,6 +442,18 @@ def _checked_url(url: str, *, allow_insecure: bool) -> str:
             "AUDIT_SERVER_ALLOW_INSECURE=1 accepts it",
         )
     return url
+
+
+def _parted(url: str) -> SplitResult:
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        if usable and not re.search(r"[\s\x00-\x1f]", url):
+            return parts
+    raise AuditConfigurationError(
+        "the URL of an audit server looks like https://logs.example.com or "
+        "https://logs.example.com:8443/seq"
+    )
 
 
 def _is_this_machine(host: str) -> bool:
