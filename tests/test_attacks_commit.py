@@ -324,3 +324,109 @@ def test_a_ticket_that_is_withdrawn_while_the_leader_reaches_for_it(
 
     assert receipt.sequence == 2
     assert actions(sink) == ["A"]
+
+
+class Struck(BaseException):
+    """What a signal handler raises."""
+
+
+def test_an_outcome_that_is_kept_when_an_exception_strikes_is_written_once(
+    make_handler: MakeHandler,
+) -> None:
+    """The leader was putting it aside, and does so again on its way out."""
+    sink = BrokenSink(refusal())
+    handler = make_handler(sink)
+    keep, struck = handler._commits._keep, []
+
+    def strike(ticket: commit.Ticket) -> None:
+        keep(ticket)
+        if not struck:
+            struck.append(ticket)
+            raise Struck
+
+    handler._commits._keep = strike  # type: ignore[method-assign]
+    for _ in range(3):
+        handler.submit({"action": "Outcome"}, "Complete")
+    with pytest.raises(Struck):
+        handler.record({"action": "A"})
+    sink.error = None
+    handler.close()
+
+    assert struck
+    assert actions(sink).count("Outcome") == 3
+
+
+def test_a_lead_that_is_lost_between_two_is_found(make_handler: MakeHandler) -> None:
+    """An exception strikes who gave it up, before the helper was told to take it."""
+    sink = HangingSink()
+    handler = make_handler(sink, timeout=HANG)
+    handler.record({"action": "First"})
+    order, struck = handler._commits._helper.order, []
+
+    def strike(what: Any) -> None:
+        if threading.current_thread().name == "leader" and not struck:
+            struck.append(what)
+            raise Struck
+        order(what)
+
+    handler._commits._helper.order = strike  # type: ignore[method-assign]
+    sink.hang()
+
+    def lead() -> None:
+        threading.current_thread().name = "leader"
+        with pytest.raises(Struck):
+            handler.record({"action": "Leader"})
+
+    def wait() -> None:
+        assert sink.entered.wait(HANG)
+        waiter = threading.Thread(target=lambda: run_loop(handler.arecord({"action": "Task"})))
+        waiter.start()
+        eventually(lambda: len(handler._commits._queue) == 1)
+        sink.go_on()
+        waiter.join(HANG)
+        assert not waiter.is_alive()
+
+    in_threads([lead, wait])
+
+    assert struck
+    assert "Task" in actions(sink)
+
+
+def test_a_helper_whose_turn_an_exception_strikes_gets_it(make_handler: MakeHandler) -> None:
+    """Who only wants to lead stays in the queue while others take it."""
+
+    class Striking(deque[commit.Ticket]):
+        armed = False
+
+        def remove(self, ticket: commit.Ticket) -> None:
+            super().remove(ticket)
+            if self.armed:
+                self.armed = False
+                raise Struck
+
+    sink = HangingSink()
+    handler = make_handler(sink, timeout=HANG)
+    handler.record({"action": "First"})
+    queue = handler._commits._queue = Striking()
+    sink.hang()
+    leader = threading.Thread(target=handler.record, args=({"action": "Leader"},))
+    leader.start()
+    assert sink.entered.wait(HANG)
+    handler._commits.nudge()
+    eventually(lambda: len(queue) == 1)
+
+    def second() -> None:
+        with pytest.raises(Struck):
+            handler.record({"action": "Second"})
+
+    def go_on() -> None:
+        eventually(lambda: len(queue) == 2)
+        queue.armed = True
+        sink.go_on()
+
+    in_threads([second, go_on])
+    leader.join(HANG)
+    eventually(lambda: not queue)
+
+    run_loop(handler.arecord({"action": "Task"}))
+    assert "Task" in actions(sink)

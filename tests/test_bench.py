@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
+import orjson
 import pytest
 import structlog
 
@@ -78,3 +80,46 @@ def test_progress_ends_at_the_end(tmp_path: Path) -> None:
 
     assert parts == sorted(parts)
     assert parts[-1] == 1.0
+
+
+def test_an_interrupt_among_threads_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C strikes while all write; they stop before their directory is removed."""
+    interrupted: list[bool] = []
+
+    class Thread(threading.Thread):
+        def join(self, timeout: float | None = None) -> None:
+            if not interrupted:
+                interrupted.append(True)
+                raise KeyboardInterrupt
+            super().join(timeout)
+
+    monkeypatch.setattr(bench.threading, "Thread", Thread)
+    monkeypatch.setattr(bench, "THREADS", (8,))
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_bench(str(tmp_path), seconds=0.5)
+
+    assert interrupted
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "point"),
+    [
+        ("36 35 98:0 / /mnt/caf\u00e9 rw - tmpfs tmpfs rw", "/mnt/caf\u00e9"),
+        (r"36 35 98:0 / /mnt/a\040b\134c rw - ext4 /dev/x rw", r"/mnt/a b\c"),
+        ("36 35 98:0 / /mnt/\udce9 rw - tmpfs tmpfs rw", "/mnt/\udce9"),
+    ],
+)
+def test_mount_points_have_any_name(line: str, point: str) -> None:
+    """Letters beyond ASCII, blanks, bytes that are no text."""
+    assert disk._mount(line)[0] == point
+
+
+def test_figures_of_a_directory_whose_name_is_no_text_can_be_printed() -> None:
+    """JSON has a form for it."""
+    result = bench.Bench("/mnt/\udce9", {}, rates={1: 2.0})
+
+    assert orjson.loads(orjson.dumps(result.as_dict()))["rates"] == {"1": 2.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import datetime
 import enum
 import hashlib
 import hmac
@@ -13,6 +14,7 @@ import marshal
 import pickle
 import re
 import types
+import uuid
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from structlog_audit import (
     AuditEntryError,
     AuditHandler,
     Redact,
+    audit_context,
     audit_log,
     audit_processors,
     values,
@@ -364,3 +367,139 @@ def test_a_redaction_goes_on_while_others_change_a_mapping(
 
     assert log.data(inner={"a": 1, "pin": 2}) == {"inner": {"a": 1, "pin": REDACTED}}
     assert log.data(inner={"a": 1}) == {"inner": {"a": 1}}
+
+
+def test_what_the_context_binds_is_redacted_too(log: Log) -> None:
+    """It is added behind the redaction, and comes through it all the same."""
+    log.configure(Redact(["user_id", "company"], hmac_names=["client_ip"], hmac_key=KEY))
+
+    with audit_context(user_id="2780", client_ip="10.0.0.1", request_id="r-1"):
+        entry = parse_line(log.line())
+
+    assert "2780" not in str(entry)
+    assert "10.0.0.1" not in str(entry)
+    assert "hmac-sha256" in entry["clientIpAddress"]
+    assert entry["requestId"] == "r-1"
+
+
+def test_what_the_application_binds_under_our_names_is_kept(log: Log) -> None:
+    """Values that a redaction has copied are known by what they say."""
+    bound = {"session": uuid.uuid4(), "timestamp": datetime.date(2026, 1, 2), "level": {"a": 1},
+             "pid": "hunter2"}  # fmt: skip
+    log.configure(structlog.contextvars.merge_contextvars, Redact(["pid"]))
+
+    with structlog.contextvars.bound_contextvars(**bound):
+        data = log.data()
+
+    assert data == {
+        "session": str(bound["session"]),
+        "timestamp": "2026-01-02",
+        "level": {"a": 1},
+        "pid": REDACTED,
+    }
+
+
+class NoAnswer:
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no")
+
+    __hash__ = object.__hash__
+
+
+def test_a_bound_value_that_cannot_be_compared_is_left_out(log: Log) -> None:
+    """The entry itself is recorded."""
+    values = [[NoAnswer()], object()]
+    log.configure(structlog.contextvars.merge_contextvars, lambda *args: {**args[2], "pid": 1})
+
+    for value in values:
+        with structlog.contextvars.bound_contextvars(pid=value):
+            assert log.data(a=1) == {"a": 1}
+
+
+@pytest.mark.parametrize("text", [{"password": "hunter2"}, [("password", "hunter2")]])
+def test_a_description_that_is_no_text_is_redacted(log: Log, text: Any) -> None:
+    """structlog takes objects as events, too."""
+    audit_log.info(text, action="A")
+
+    assert "hunter2" not in log.sink.lines[-1].decode()
+
+
+def test_lists_with_fields_lose_nothing(log: Log) -> None:
+    """What only looks like a named tuple is none."""
+
+    class Rows(list[int]):
+        _fields = ("a",)
+
+    class Row(tuple[int, ...]):
+        __slots__ = ()
+
+        @property
+        def _fields(self) -> tuple[str, ...]:
+            return ("a",)
+
+    assert log.data(rows=Rows([1, 2, 3]), row=Row((1, 2, 3))) == {
+        "rows": [1, 2, 3],
+        "row": [1, 2, 3],
+    }
+
+
+@pytest.mark.parametrize("extra", [{}, {"a set": {1}}])
+@pytest.mark.parametrize("name", [42, None, True, 1.5])
+def test_pairs_whose_name_is_no_text(log: Log, name: Any, extra: dict[str, Any]) -> None:
+    """Names are compared as they are spelled, whichever way the data takes."""
+    log.configure(Redact([re.compile(r"^(42|null|true|1\.5)$")]))
+
+    assert "hunter2" not in log.line(data={"h": [(name, "hunter2")], **extra}).decode()
+
+
+@pytest.mark.parametrize("extra", [{}, {"a set": {1}}])
+def test_a_redaction_of_ones_own_is_asked_for_everything(log: Log, extra: dict[str, Any]) -> None:
+    """A subclass decides by names and texts of its own."""
+
+    class Own(Redact):
+        def value(self, key: str, value: object) -> Any:
+            return super().value("password" if key == "x" else key, value)
+
+    class Text(Redact):
+        def text(self, text: str) -> str:
+            return text.replace("4111", "****")
+
+    log.configure(Own(), Text())
+
+    data = log.data(data={"x": "hunter2", "t": "4111 1111", **extra})
+
+    assert (data["x"], data["t"]) == (REDACTED, "**** 1111")
+
+
+def test_a_pair_is_read_once(log: Log) -> None:
+    """Another thread changes it after it was asked for its name."""
+    pair = ["user", "hunter2"]
+
+    class Racing(Redact):
+        def value(self, key: str, value: object) -> Any:
+            if key == "user":
+                pair[0] = "password"
+                pair.append("more")
+            return super().value(key, value)
+
+    log.configure(Racing())
+
+    assert log.data(data={"h": [pair]}) == {"h": [["user", "hunter2"]]}
+
+
+def test_a_pair_in_a_ring_is_marked(log: Log) -> None:
+    """As without a redaction."""
+    ring: list[Any] = ["user"]
+    ring.append(ring)
+
+    text = log.line(data={"ring": [ring, {1}]}).decode()
+
+    assert '"$audit":"cycle"' in text
+
+
+def test_marks_stay_what_they_are_beside_extra_keywords(log: Log) -> None:
+    """A caller's own `$audit`, a mark of ours, and keywords merged into either."""
+    plainly = log.data(data={"$audit": "redacted"}, x=1)
+    assert plainly == {"$$audit": "redacted", "x": 1}
+    marked = log.data(data={1: "a", "1": "b"}, x=1)
+    assert (marked["$audit"], marked["x"]) == ("mapping", 1)
