@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any, NoReturn, TypeVar
 
 import click
 import orjson
@@ -18,7 +21,11 @@ from structlog_audit._version import __version__
 from structlog_audit.bench import Bench, run_bench
 from structlog_audit.demo import run_demo
 from structlog_audit.doctor import Report, diagnose
-from structlog_audit.exceptions import AuditError
+from structlog_audit.exceptions import AuditConfigurationError, AuditError
+from structlog_audit.forward import Forwarder
+from structlog_audit.settings import Settings
+
+T = TypeVar("T")
 
 LABEL = 14
 """Columns for what a row of the report tells of."""
@@ -84,18 +91,82 @@ def bench(directory: str | None, as_json: bool) -> None:
 
     Example: structlog-audit bench /var/log
     """
-    result = _with_progress(lambda progress: run_bench(directory, progress))
+    result = _with_progress("measuring", lambda progress: run_bench(directory, progress))
     if as_json:
         click.echo(orjson.dumps(result.as_dict(), option=orjson.OPT_INDENT_2))
     else:
         _print_bench(_console(), result)
 
 
-def _with_progress(work: Callable[[Callable[[float], None]], Bench]) -> Bench:
+@cli.command()
+@click.argument("directory", required=False, type=click.Path())
+@click.option("--to", metavar="URL", help="The server; AUDIT_SERVER_URL without it.")
+@click.option("--follow", is_flag=True, help="Go on with what comes, until SIGTERM or Ctrl-C.")
+@click.option("--skip", nargs=2, metavar="FILE LINE", help="Leave out a line that was refused.")
+def forward(
+    directory: str | None, to: str | None, follow: bool, skip: tuple[str, str] | None
+) -> None:
+    """Ship session files that were written while a server was away.
+
+    The key, the format and the rest come from the AUDIT_SERVER_ variables. Files stay where they
+    are. Exit status 0: all is shipped. 1: something is not.
+
+    Example: structlog-audit forward /var/log/audit --to https://logs.example.com --follow
+    """
+    forwarder = _forwarder(directory, to)
+    if skip is not None:
+        forwarder.skip(skip[0], _line_number(skip[1]))
+    if follow:
+        _follow(forwarder)
+        return
+    progress = _with_progress(
+        "shipping", lambda show: forwarder.run_once(lambda done, total: show(done / max(total, 1)))
+    )
+    click.echo(f"{progress.entries:,} entries of {progress.files:,} files shipped")
+    for problem in progress.problems:
+        _echo_problem(problem)
+    sys.exit(1 if any(problem.holds for problem in progress.problems) else 0)
+
+
+def _forwarder(directory: str | None, to: str | None) -> Forwarder:
+    settings = Settings.from_environ()
+    where = settings.directory if directory is None else directory
+    if where is None:
+        raise AuditConfigurationError(
+            "no directory to forward", hint="name it, or set AUDIT_LOG_DIR"
+        )
+    server = replace(
+        settings, directory=None, policy=None, server_url=settings.server_url if to is None else to
+    )
+    if server.server_url is None:
+        raise AuditConfigurationError(
+            "no server to forward to", hint="give --to URL, or set AUDIT_SERVER_URL"
+        )
+    return Forwarder(where, server.sink(), prefix=settings.prefix, on_problem=_echo_problem)
+
+
+def _line_number(text: str) -> int:
+    if not text.isdecimal():
+        raise AuditConfigurationError(f"{text!r} is no number of a line")
+    return int(text)
+
+
+def _follow(forwarder: Forwarder) -> None:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    forwarder.follow(stop)
+
+
+def _echo_problem(problem: object) -> None:
+    click.echo(_plain_text(problem), err=True)
+
+
+def _with_progress(what: str, work: Callable[[Callable[[float], None]], T]) -> T:
     """Show a bar on stderr, if that is a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("measuring", total=1.0)
+        task = bar.add_task(what, total=1.0)
         return work(lambda part: bar.update(task, completed=part))
 
 
@@ -154,6 +225,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("space", report.space, _space_text),
         ("directory", report.permissions, _permissions_text),
         ("write + sync", report.latency, _latency_text),
+        ("not forwarded", report.lag, _lag_text),
     ):
         if part:
             rows.append((label, text(part)))
@@ -186,6 +258,11 @@ def _permissions_text(access: dict[str, Any]) -> str:
     return f"owner {access['owner']}, mode {access['mode']}; we are {access['user']}"
 
 
+def _lag_text(lag: dict[str, Any]) -> str:
+    text = f"{lag['entries']:,} entries, {lag['bytes']:,} bytes"
+    return text if lag["seconds"] is None else f"{text}, the oldest {lag['seconds']:,.0f} s old"
+
+
 def _latency_text(latency: dict[str, Any]) -> str:
     return (
         f"p50 {latency['p50_us']:,} µs, p99 {latency['p99_us']:,} µs "
@@ -195,8 +272,11 @@ def _latency_text(latency: dict[str, Any]) -> str:
 
 def _safe(value: Any) -> str:
     """Return text that can neither control the terminal nor be taken for markup."""
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value))
-    return escape(text)
+    return escape(_plain_text(value))
+
+
+def _plain_text(value: Any) -> str:
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value))
 
 
 def run() -> None:

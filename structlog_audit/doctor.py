@@ -23,6 +23,7 @@ import structlog
 
 from structlog_audit.disk import bare_file, file_system, percentiles
 from structlog_audit.exceptions import AuditConfigurationError, AuditError
+from structlog_audit.forward import is_forwarded, lag_of
 from structlog_audit.handler import AuditHandler
 from structlog_audit.logger import audit_log
 from structlog_audit.processors import RouteAudit, check_order
@@ -67,6 +68,7 @@ class Report:
         space: free and total bytes, and days left at the current rate.
         permissions: owner and mode of the directory, and who asks.
         latency: p50 and p99 of one write and sync, in microseconds.
+        lag: what the forwarder has not shipped yet, where one has been at work.
         processors: the application's processors in order, where one was given.
         problems: what should be mended.
     """
@@ -82,6 +84,7 @@ class Report:
     space: dict[str, Any] | None = None
     permissions: dict[str, Any] | None = None
     latency: dict[str, Any] | None = None
+    lag: dict[str, Any] | None = None
     processors: list[str] | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -291,6 +294,10 @@ def _look_at_directory(handler: AuditHandler, sink: FileSink, report: Report) ->
         report.session, written = _sessions(sink)
     except OSError:  # the check says why
         return
+    if is_forwarded(sink.directory):
+        lag = lag_of(sink.directory, sink.prefix)
+        report.lag = {"entries": lag.entries, "bytes": lag.bytes, "seconds": lag.seconds}
+        problems += map(str, lag.problems)
     space = sink.space()
     days = space.free / written if written else None
     report.space = {"free": space.free, "total": space.total, "bytes_per_day": round(written),

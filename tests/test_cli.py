@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import HANG, environment, eventually
 from servers.processes import SeqServer
 
-from structlog_audit import bench
+from structlog_audit import AuditHandler, FileSink, bench
 
 pytest.importorskip("click", reason="the command line is an extra")
 
@@ -379,3 +380,63 @@ def test_doctor_explains_a_server_that_cannot_be(
     assert done.returncode == 1
     assert words in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
+
+
+def write_entries(directory: Path, count: int) -> None:
+    handler = AuditHandler(FileSink(directory))
+    for number in range(count):
+        handler.record({"action": "A", "number": number})
+    handler.close()
+
+
+def test_forward_ships_what_is_there_and_the_doctor_knows(tmp_path: Path) -> None:
+    """While the server is away the lag is told; afterwards nothing lags."""
+    audit = tmp_path / "audit"
+    write_entries(audit, 3)
+    with SeqServer(tmp_path, key="the-key") as seq:
+        variables = {"AUDIT_SERVER_API_KEY": "the-key"}
+        done = run("forward", str(audit), "--to", seq.url, cwd=tmp_path, **variables)
+        stored = seq.stored()
+        again = run("forward", cwd=tmp_path, AUDIT_SERVER_URL=seq.url,
+                    AUDIT_LOG_DIR=str(audit), **variables)  # fmt: skip
+
+    assert (done.returncode, done.stdout) == (0, "5 entries of 1 files shipped\n"), done.stderr
+    assert [event.get("number") for event in stored] == [None, 0, 1, 2, None]
+    assert again.stdout == "0 entries of 0 files shipped\n"
+    write_entries(audit, 2)
+    report = run("doctor", cwd=tmp_path, AUDIT_LOG_DIR=str(audit)).stdout
+    assert "not forwarded 4 entries" in report
+
+
+def test_forward_follows_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    """As a service: what comes is shipped; SIGTERM ends it in order."""
+    audit = tmp_path / "audit"
+    audit.mkdir(mode=0o700)
+    command = [sys.executable, "-m", "structlog_audit", "forward", str(audit), "--follow"]
+    with SeqServer(tmp_path) as seq:
+        service = subprocess.Popen([*command, "--to", seq.url], env=environment())
+        write_entries(audit, 2)
+        eventually(lambda: seq.store.exists() and len(seq.stored()) == 4)
+        service.terminate()
+
+        assert service.wait(HANG) == 0
+
+
+def test_forward_says_what_is_missing(tmp_path: Path) -> None:
+    """A directory, a server, one that is away, a number: one message each."""
+    write_entries(tmp_path / "audit", 1)
+    cases = [
+        ([], "no directory to forward"),
+        (["audit"], "no server to forward to"),
+        (["missing", "--to", "http://127.0.0.1:1"], "missing"),
+        (["audit", "--to", "http://127.0.0.1:1"], "Connection refused"),
+        (["audit", "--to", "http://a:hunter2@127.0.0.1"], "carries a key or a password"),
+        (["audit", "--to", "http://127.0.0.1:1", "--skip", "x", "y"], "'y' is no number"),
+    ]
+    for arguments, words in cases:
+        done = run("forward", *arguments, cwd=tmp_path, AUDIT_LOG_TIMEOUT="0.5s")
+
+        assert done.returncode == 1, arguments
+        assert words in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "hunter2" not in done.stderr
