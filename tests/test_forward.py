@@ -35,7 +35,9 @@ from structlog_audit import (
     SeqSink,
     SessionOver,
     SinkError,
+    cursor,
     forward,
+    spool,
 )
 from structlog_audit.chain import line_hash, link
 from structlog_audit.forward import Forwarder, Problem, is_forwarded, lag_of
@@ -112,7 +114,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def held_for_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at files that are held again with every look."""
-    monkeypatch.setattr(forward, "HELD_PAUSE", 0.0)
+    monkeypatch.setattr(cursor, "HELD_PAUSE", 0.0)
 
 
 @contextlib.contextmanager
@@ -662,7 +664,7 @@ def test_a_line_without_end_does_not_fill_the_memory(
     audit_dir: Path, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is a limit, and it is told."""
-    monkeypatch.setattr(forward, "LONGEST_LINE", 2_000)
+    monkeypatch.setattr(cursor, "LONGEST_LINE", 2_000)
     path = record()
     with path.open("ab") as file:
         file.write(b"x" * 10_000)
@@ -719,7 +721,7 @@ def test_a_link_that_takes_the_place_of_a_file_is_not_followed(
 ) -> None:
     """Even between looking at it and opening it."""
     path = record()
-    real = forward._Directory.read
+    real = spool.Directory.read
 
     def swap(directory: Any, name: str) -> Any:
         if name == path.name and not path.is_symlink():
@@ -727,7 +729,7 @@ def test_a_link_that_takes_the_place_of_a_file_is_not_followed(
             path.symlink_to(audit_dir / "moved")
         return real(directory, name)
 
-    monkeypatch.setattr(forward._Directory, "read", swap)
+    monkeypatch.setattr(spool.Directory, "read", swap)
     sink = Receiver()
 
     (problem,) = Forwarder(audit_dir, sink).run_once().problems
@@ -1097,8 +1099,8 @@ def test_the_state_is_for_its_owner_alone(audit_dir: Path, record: Record) -> No
     Forwarder(audit_dir, Receiver()).run_once()
 
     state = audit_dir / ".forward"
-    cursor = json.loads(cursor_of(path).read_bytes())
-    assert (cursor["offset"], cursor["sequence"]) == (path.stat().st_size, 5)
+    known = json.loads(cursor_of(path).read_bytes())
+    assert (known["offset"], known["sequence"]) == (path.stat().st_size, 5)
     assert {item.name for item in state.iterdir()} == {f"{path.name}.json", "lock"}
     if os.name == "posix":
         assert stat.S_IMODE(state.stat().st_mode) == 0o700
@@ -1550,10 +1552,10 @@ def test_the_lag_does_not_take_a_forwarder_that_is_ahead_for_a_cut(
     """A file may grow, and be shipped, between two looks at it; or be moved away."""
     handler.record({"action": "Forward"})
     Forwarder(audit_dir, Receiver()).run_once()
-    real = forward._Place.load
+    real = spool.Spool.load
 
     def load(place: Any, name: str, target: str | None) -> Any:
-        monkeypatch.setattr(forward._Place, "load", real)
+        monkeypatch.setattr(spool.Spool, "load", real)
         if late:
             handler.record({"action": "Forward"})
             Forwarder(audit_dir, Receiver()).run_once()
@@ -1561,7 +1563,7 @@ def test_the_lag_does_not_take_a_forwarder_that_is_ahead_for_a_cut(
             (audit_dir / name).unlink()
         return real(place, name, target)
 
-    monkeypatch.setattr(forward._Place, "load", load)
+    monkeypatch.setattr(spool.Spool, "load", load)
     lag = lag_of(audit_dir)
 
     assert (lag.entries, lag.problems) == (0, ())
