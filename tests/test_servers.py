@@ -698,8 +698,8 @@ def test_on_connect_steps_are_for_the_next_connection() -> None:
     script = [scripted.accepted(), scripted.on_connect_reset(), scripted.accepted()]
     with ScriptedServer(script) as server:
         assert post(server.url).status == 201
-        with closing(socket.create_connection(("127.0.0.1", server.port), HANG)) as silent:
-            with pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError):  # while it connects, or then
+            with closing(socket.create_connection(("127.0.0.1", server.port), HANG)) as silent:
                 silent.recv(1)
         assert post(server.url).status == 201
     assert (len(server.requests), server.cut, server.connections) == (2, [], 3)
