@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import threading
 import time
 from array import array
 from pathlib import Path
+from typing import Any
 
 from structlog_audit import AuditError, AuditHandler, Receipt, SeqSink
 
@@ -106,8 +108,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A long run through a proxy that fails.")
     parser.add_argument("--seconds", type=float, default=180.0)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, SeqServer(Path(name)) as seq:
-        with haproxy(Path(name), _haproxy(seq.port, *RULES)) as proxy:
+    with tempfile.TemporaryDirectory() as name, servers.SeqServer(Path(name)) as seq:
+        with servers.haproxy(Path(name), servers._haproxy(seq.port, *RULES)) as proxy:
             load = soak(proxy.url, given.seconds)
         stored = {(event["AuditSession"], event["SequenceNumber"]) for event in seq.stored()}
     acknowledged = load.acknowledged()
