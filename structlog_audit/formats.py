@@ -7,6 +7,7 @@ nothing of its content.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -242,12 +243,16 @@ def _read(line: bytes) -> tuple[dict[str, Any], str]:
 
 
 def _parsed(text: bytes, what: str) -> dict[str, Any]:
+    text = text.removesuffix(b"\n")
     try:
-        orjson.loads(text)  # refuses what `json` lets pass: NaN, lone surrogates, 1e999
+        parsed = orjson.loads(text)  # refuses what `json` lets pass: NaN, lone surrogates, 1e999
+        with contextlib.suppress(orjson.JSONEncodeError):  # it is nested too deeply
+            if type(parsed) is dict and orjson.dumps(parsed) == text:
+                return parsed  # nothing stood twice, and no number was rounded
         parsed = json.loads(text, object_pairs_hook=_unique)  # keeps integers of any size
     except (ValueError, RecursionError):
         raise _foreign(what) from None
-    if type(parsed) is not dict or b"\n" in text.removesuffix(b"\n"):
+    if type(parsed) is not dict or b"\n" in text:
         raise _foreign(what)
     return parsed
 
@@ -292,6 +297,8 @@ def _moment(time: object) -> datetime | None:
 
 
 def _json(value: object) -> str:
+    with contextlib.suppress(orjson.JSONEncodeError):  # an integer that is too big for it
+        return orjson.dumps(value).decode()
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     except RecursionError:  # ours have few levels

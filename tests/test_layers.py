@@ -11,9 +11,8 @@ from running import run_well
 import structlog_audit
 
 ROWS = [
-    "exceptions _version values context chain sinks.__init__ sinks._base sinks._durable "
-    "sinks._exchange",
-    "entry alarm helper disk sinks._key",
+    "exceptions _version values context chain sinks.__init__ sinks._base sinks._durable",
+    "entry alarm helper disk sinks._key sinks._exchange",
     "formats",
     "call commit cursor sinks.file sinks.console sinks.http sinks.combine",
     "session processors operation sinks.seq spool",

@@ -9,6 +9,7 @@ Only this module imports `requests`, and only `http` imports this one, when a UR
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import ssl
@@ -24,6 +25,8 @@ from requests.utils import get_environ_proxies
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, NewConnectionError
+
+from structlog_audit._version import __version__
 
 _ours = threading.local()
 
@@ -41,6 +44,9 @@ for _name in ("urllib3.connectionpool", "urllib3.connection", "urllib3.util.retr
 
 MAX_ANSWER = 64 * 1024
 """Bytes of an answer that are read; a log server answers with some dozens."""
+
+
+_HEADERS = {"User-Agent": f"structlog-audit/{__version__}", "Accept": "application/json"}
 
 
 class Answer(NamedTuple):
@@ -150,14 +156,36 @@ def _connect(exchange: Exchange, host: str, port: int, options: Any) -> socket.s
     raise problem
 
 
+class _InOnePiece:
+    """A connection that sends head and body of a request in one piece: one call, one packet."""
+
+    _pieces: list[bytes] | None = None  # of a request; a proxy is asked for a tunnel outside of one
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        self._pieces = []
+        super().request(*args, **kwargs)  # type: ignore[misc]
+
+    def send(self, data: Any) -> None:
+        if self._pieces is None:
+            super().send(data)  # type: ignore[misc]
+        else:
+            self._pieces.append(data)
+
+    def getresponse(self) -> Any:
+        pieces, self._pieces = self._pieces or [], None
+        with contextlib.suppress(BrokenPipeError):  # it may have said why before it closed
+            super().send(b"".join(pieces))  # type: ignore[misc]
+        return super().getresponse()  # type: ignore[misc]
+
+
 def _pools(exchange: Exchange) -> dict[str, Any]:
     """Return pools of connections that are bound by an exchange."""
 
-    class Plain(HTTPConnection):
+    class Plain(_InOnePiece, HTTPConnection):
         def _new_conn(self) -> socket.socket:
             return _new(self, exchange)
 
-    class TLS(HTTPSConnection):
+    class TLS(_InOnePiece, HTTPSConnection):
         def _new_conn(self) -> socket.socket:
             return _new(self, exchange)
 
@@ -212,16 +240,13 @@ class Client:
         environment_proxies: bool,
     ) -> None:
         self._exchange = Exchange()
-        self._session = requests.Session()
-        self._session.trust_env = False  # else .netrc and the environment decide on keys and CAs
-        self._session.mount("http://", _Adapter(self._exchange))
-        self._session.mount("https://", _Adapter(self._exchange))
-        self._adapter = self._session.get_adapter(url)
+        # not a session: neither .netrc nor the environment decide on keys and certificates
+        self._adapter = _Adapter(self._exchange)
         self._verify: bool | str = True if ca is None else ca
         self._certificate = certificate
         self._proxies = dict(get_environ_proxies(url)) if environment_proxies else {}
         self._used = False
-        self._prepared = requests.Request("POST", url).prepare()
+        self._page = self._prepared(url)
 
     def post(
         self,
@@ -241,22 +266,38 @@ class Client:
         Raises:
             NoAnswer: there was none until then.
         """
-        request = self._prepared.copy()
-        request.body = body
-        request.headers.update(headers)
-        request.headers["Content-Length"] = str(len(body))
-        return self._send(request, end, on_wait)
+        return self._send("POST", self._page, body, headers, end, on_wait)
 
     def get(self, url: str, end: float) -> Answer:
         """Get a page, as `post` posts."""
-        return self._send(requests.Request("GET", url).prepare(), end, None)
+        return self._send("GET", self._prepared(url), None, {}, end, None)
 
-    def _send(self, request: Any, end: float, on_wait: Callable[[], None] | None) -> Answer:
+    def _prepared(self, url: str) -> tuple[Any, str]:
+        """Return the pool of connections for a page, and how the request names the page.
+
+        What `requests` does for each request anew, it does once here.
+        """
+        request = requests.Request("POST", url).prepare()
+        pool = self._adapter.get_connection_with_tls_context(
+            request, self._verify, proxies=self._proxies, cert=self._certificate
+        )
+        self._adapter.cert_verify(pool, url, self._verify, self._certificate)
+        return pool, self._adapter.request_url(request, self._proxies)
+
+    def _send(
+        self,
+        method: str,
+        page: tuple[Any, str],
+        body: bytes | None,
+        headers: Mapping[str, str],
+        end: float,
+        on_wait: Callable[[], None] | None,
+    ) -> Answer:
         exchange = self._exchange
         exchange.begin(end, on_wait)
         _ours.busy = True
         try:
-            return self._exchange_with(request, exchange.left())
+            return self._exchange_with(method, page, body, {**_HEADERS, **headers})
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
             problem = _problem(error)
         finally:
@@ -268,22 +309,26 @@ class Client:
             untrusted=not exchange.sent and exchange.connected and "certificate" in problem,
         )  # fmt: skip
 
-    def _exchange_with(self, request: Any, left: float) -> Answer:
-        response = self._adapter.send(
-            request, stream=True, timeout=left, verify=self._verify, cert=self._certificate,
-            proxies=self._proxies,
+    def _exchange_with(
+        self, method: str, page: tuple[Any, str], body: bytes | None, headers: Mapping[str, str]
+    ) -> Answer:
+        pool, path = page
+        response = pool.urlopen(
+            method, path, body=body, headers=headers, retries=False, redirect=False,
+            assert_same_host=False, timeout=self._exchange.left(), preload_content=False,
+            decode_content=False,
         )  # fmt: skip
         try:
-            body = response.raw.read(MAX_ANSWER + 1, decode_content=True)
+            found = response.read(MAX_ANSWER + 1, decode_content=True)
         finally:
-            whole = response.raw.closed or response.raw.isclosed()
-            (response.raw.release_conn if whole else response.raw.close)()
+            whole = response.closed or response.isclosed()
+            (response.release_conn if whole else response.close)()
         self._used = True
-        return Answer(response.status_code, response.headers, body[:MAX_ANSWER])
+        return Answer(response.status, response.headers, found[:MAX_ANSWER])
 
     def close(self) -> None:
         """Close the connection; in a forked child, the parent's stays open."""
-        self._session.close()
+        self._adapter.close()
 
 
 def _problem(error: BaseException | None) -> str:

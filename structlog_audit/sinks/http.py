@@ -318,17 +318,32 @@ class _Delivery:
         Raises:
             SinkError: they are not confirmed.
         """
+        try:
+            return self._attempt()
+        except _Again as again:
+            first = again
+        try:
+            return self._repeat(first)
+        except _Again as again:
+            problem = again.problem
+        raise self._failure(f"{problem}; no confirmation within {self._sink.timeout:g} s")
+
+    def _repeat(self, first: _Again) -> str | None:
+        """Go on after a first attempt, which costs no more than it has to."""
         from tenacity import Retrying, retry_if_exception_type
+
+        made = [first]
+
+        def attempt() -> str | None:
+            if made:
+                raise made.pop()
+            return self._attempt()
 
         retrying = Retrying(
             retry=retry_if_exception_type(_Again), wait=_pause, stop=self._is_too_late,
             reraise=True,
         )  # fmt: skip
-        try:
-            return retrying(self._attempt)
-        except _Again as again:
-            problem = f"{again.problem}; no confirmation within {self._sink.timeout:g} s"
-        raise self._failure(problem)
+        return retrying(attempt)
 
     def _is_too_late(self, state: Any) -> bool:
         return time.monotonic() + float(state.upcoming_sleep) >= self._end
