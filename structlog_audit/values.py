@@ -30,8 +30,11 @@ from typing import Any, Protocol
 
 import orjson
 
-MAX_DEPTH = 64
-"""Levels of nesting that are kept; orjson writes 254 and reads 1024."""
+MAX_DEPTH = 60
+"""Levels of nesting that are kept; the line around them has two, and a mark at the end one.
+
+orjson writes 254 and reads 1024, but .NET's reader, which receivers for Seq use, takes 64.
+"""
 MAX_KEY = 256
 """Characters of a key that are kept."""
 MAX_REPR = 1_000

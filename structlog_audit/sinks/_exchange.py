@@ -163,7 +163,11 @@ class _InOnePiece:
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         self._pieces = []
-        super().request(*args, **kwargs)  # type: ignore[misc]
+        try:
+            super().request(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self._pieces = None
+            raise
 
     def send(self, data: Any) -> None:
         if self._pieces is None:
