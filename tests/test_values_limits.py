@@ -43,7 +43,7 @@ def test_deep_nesting_is_cut_with_a_marker(levels: int) -> None:
 
 def test_nesting_below_the_limit_is_kept() -> None:
     """Real requests are some ten levels deep."""
-    assert value_of(nested(60)) == nested(60)
+    assert value_of(nested(55)) == nested(55)
 
 
 def test_a_long_text_keeps_its_length_its_hash_and_its_beginning() -> None:
