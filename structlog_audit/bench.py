@@ -1,7 +1,8 @@
-"""What an audit call costs on a disk, beside the bare disk, in less than a minute.
+"""What an audit call costs on a disk or at a server, beside the bare one, in less than a minute.
 
-The two take turns, so that a machine that drifts hits both alike. Everything happens in a directory
-of its own below the one that is measured, which is removed afterwards.
+The two take turns, so that a machine that drifts hits both alike. On a disk everything happens in a
+directory of its own below the one that is measured, which is removed afterwards. What a server got
+stays there.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from time import perf_counter, perf_counter_ns
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
-from structlog_audit.disk import BareFile, bare_file, file_system, percentiles
+from structlog_audit.bare_post import BarePost
+from structlog_audit.chain import link
+from structlog_audit.disk import bare_file, file_system, percentiles
+from structlog_audit.entry import Renderer
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.handler import AuditHandler
 from structlog_audit.logger import audit_log
 from structlog_audit.processors import AddAuditFields, RouteAudit
 from structlog_audit.settings import Settings
 from structlog_audit.sinks.file import FileSink
+from structlog_audit.sinks.http import HttpSink
 from structlog_audit.values import plain
 
 THREADS = (1, 8, 64)
@@ -48,24 +54,31 @@ PROTECTED = 500.0
 Progress = Callable[[float], None]
 
 
+class Floor(Protocol):
+    """What takes a line and does nothing else with it."""
+
+    def write(self, line: bytes) -> tuple[int, int]:
+        """Take a line; return the nanoseconds of handing it over, and of the confirmation."""
+
+
 @dataclass(slots=True)
 class Bench:
     """What was measured.
 
     Attributes:
-        directory: where.
-        file_system: type, and what a sync means on it.
+        target: the directory, or the address of the server.
+        file_system: of the directory: type, and what a sync means on it; empty for a server.
         bytes: length of a line.
-        sync: p50, p99 and most of the bare sync alone, in microseconds.
-        floor: the same of a bare write and sync.
+        sync: p50, p99 and most of the bare sync (or of the wait for an answer), in microseconds.
+        floor: the same of a bare write and sync, or of a bare POST.
         call: the same of one audit call.
         ratio: p50 of a call, divided by that of the floor.
-        serial: bare writes and syncs a second, one after the other.
+        serial: bare writes and syncs, or bare POSTs, a second, one after the other.
         rates: audit calls a second, by number of threads.
         verdict: what that means.
     """
 
-    directory: str
+    target: str
     file_system: dict[str, Any]
     bytes: int = 0
     sync: dict[str, float] = field(default_factory=dict)
@@ -101,18 +114,35 @@ def run_bench(
         home = tempfile.mkdtemp(prefix=".structlog-audit-bench-", dir=where)
     except OSError as error:
         raise AuditConfigurationError(f"cannot write to {where}: {error.strerror}") from error
-    handler = AuditHandler(FileSink(os.path.join(home, "audit")))
+    result = Bench(where, file_system(where))
     try:
-        structlog.configure(processors=[AddAuditFields("bench"), RouteAudit(handler)])
-        result = Bench(where, file_system(where))
+        handler = AuditHandler(FileSink(os.path.join(home, "audit")))
         with bare_file(home, "bare") as bare:
             _measure(result, handler, bare, progress, seconds)
     finally:
-        try:
-            handler.close()
-        finally:
-            shutil.rmtree(home)
-    result.verdict = _verdict(result)
+        shutil.rmtree(home)
+    return result
+
+
+def run_server_bench(
+    sink: HttpSink, progress: Progress = lambda part: None, *, seconds: float = SECONDS
+) -> Bench:
+    """Measure a server; this configures structlog, and the server keeps the entries.
+
+    Args:
+        sink: the server.
+        progress: told how much is done, from 0 to 1.
+        seconds: for single calls, and for each number of threads.
+
+    Raises:
+        AuditConfigurationError: it cannot be reached, or takes no entries from us.
+        AuditWriteError: an audit call failed.
+    """
+    handler = AuditHandler(sink)
+    handler.check()
+    result = Bench(repr(sink), {})
+    with closing(BarePost(sink)) as bare:
+        _measure(result, handler, bare, progress, seconds)
     return result
 
 
@@ -130,10 +160,20 @@ def _directory(given: str | None) -> str:
 
 
 def _measure(
-    result: Bench, handler: AuditHandler, bare: BareFile, progress: Progress, seconds: float
+    result: Bench, handler: AuditHandler, bare: Floor, progress: Progress, seconds: float
 ) -> None:
-    line = _line(handler)
+    line = link(Renderer(app="bench").render(ENTRY).text, "0" * 20, 1, "0" * 64) + b"\n"
     result.bytes = len(line)
+    structlog.configure(processors=[AddAuditFields("bench"), RouteAudit(handler)])
+    with closing(handler):
+        audit_log.info(**ENTRY)  # opens what is to be opened
+        _take_turns(result, bare, line, progress, seconds)
+    result.verdict = _verdict(result)
+
+
+def _take_turns(
+    result: Bench, bare: Floor, line: bytes, progress: Progress, seconds: float
+) -> None:
     parts = 1 + len(THREADS)
     _single_calls(result, bare, line, seconds, lambda done: progress(done / parts))
     serial = []
@@ -147,16 +187,8 @@ def _measure(
     result.serial = round(median(serial), 1)
 
 
-def _line(handler: AuditHandler) -> bytes:
-    audit_log.info(**ENTRY)
-    assert isinstance(handler.sink, FileSink)
-    assert handler.sink.path is not None
-    with open(handler.sink.path, "rb") as file:
-        return file.readlines()[-1]
-
-
 def _single_calls(
-    result: Bench, bare: BareFile, line: bytes, seconds: float, progress: Progress
+    result: Bench, bare: Floor, line: bytes, seconds: float, progress: Progress
 ) -> None:
     floor: list[tuple[int, int]] = []
     calls: list[int] = []
@@ -213,7 +245,7 @@ def _rate(work: Callable[[], object], count: int, seconds: float) -> float:
 def _verdict(result: Bench) -> list[str]:
     rates = "; ".join(f"{count}: {rate:,.0f}" for count, rate in result.rates.items())
     return [
-        _of_the_disk(result),
+        _of_the_disk(result) if result.file_system else _of_the_server(result),
         f"A request that makes one audit call takes {result.call['p50_us'] / 1000:,.2f} ms longer, "
         f"and one in a hundred {result.call['p99_us'] / 1000:,.2f} ms or more.",
         f"One process that makes one audit call for each request serves at most so many requests a "
@@ -236,3 +268,10 @@ def _of_the_disk(result: Bench) -> str:
             "so is a virtual disk that acknowledges early. Ask whoever runs it which one it is."
         )
     return f"{took}: what flash without a protected cache, a disk or a network takes to store it."
+
+
+def _of_the_server(result: Bench) -> str:
+    return (
+        f"An answer takes {result.sync['p50_us']:,g} µs. What it proves is up to the server: "
+        "docs/servers.md has a table."
+    )

@@ -18,12 +18,13 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from structlog_audit._version import __version__
-from structlog_audit.bench import Bench, run_bench
+from structlog_audit.bench import Bench, run_bench, run_server_bench
 from structlog_audit.demo import run_demo
 from structlog_audit.doctor import Report, diagnose
 from structlog_audit.exceptions import AuditConfigurationError, AuditError
 from structlog_audit.forward import Forwarder
 from structlog_audit.settings import Settings
+from structlog_audit.sinks.http import HttpSink
 
 T = TypeVar("T")
 
@@ -82,16 +83,25 @@ def doctor(as_json: bool, app: str | None) -> None:
 
 @cli.command()
 @click.argument("directory", required=False, type=click.Path())
+@click.option("--to", metavar="URL", help="Measure a server instead; it keeps the entries.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def bench(directory: str | None, as_json: bool) -> None:
-    """Measure what an audit call costs on a disk, beside the bare disk.
+def bench(directory: str | None, to: str | None, as_json: bool) -> None:
+    """Measure what an audit call costs on a disk or at a server, beside the bare one.
 
-    It takes less than a minute, in a directory of its own below DIRECTORY (or AUDIT_LOG_DIR), which
-    it removes.
+    It takes less than a minute. On a disk it works in a directory of its own below DIRECTORY (or
+    AUDIT_LOG_DIR), which it removes. A server's key, format and the rest come from the
+    AUDIT_SERVER_ variables.
 
     Example: structlog-audit bench /var/log
     """
-    result = _with_progress("measuring", lambda progress: run_bench(directory, progress))
+    if to is not None and directory is not None:
+        raise AuditConfigurationError("either a directory or a server is measured, not both")
+    result = _with_progress(
+        "measuring",
+        lambda show: (
+            run_bench(directory, show) if to is None else run_server_bench(_server(to), show)
+        ),
+    )
     if as_json:
         click.echo(orjson.dumps(result.as_dict(), option=orjson.OPT_INDENT_2))
     else:
@@ -135,14 +145,19 @@ def _forwarder(directory: str | None, to: str | None) -> Forwarder:
         raise AuditConfigurationError(
             "no directory to forward", hint="name it, or set AUDIT_LOG_DIR"
         )
-    server = replace(
-        settings, directory=None, policy=None, server_url=settings.server_url if to is None else to
-    )
-    if server.server_url is None:
+    return Forwarder(where, _server(to), prefix=settings.prefix, on_problem=_echo_problem)
+
+
+def _server(url: str | None) -> HttpSink:
+    """Return the server that the command or the environment names."""
+    settings = Settings.from_environ()
+    if url is not None:
+        settings = replace(settings, server_url=url)
+    if settings.server_url is None:
         raise AuditConfigurationError(
             "no server to forward to", hint="give --to URL, or set AUDIT_SERVER_URL"
         )
-    return Forwarder(where, server.sink(), prefix=settings.prefix, on_problem=_echo_problem)
+    return settings.server_sink()
 
 
 def _line_number(text: str) -> int:
@@ -171,15 +186,18 @@ def _with_progress(what: str, work: Callable[[Callable[[float], None]], T]) -> T
 
 
 def _print_bench(console: Console, result: Bench) -> None:
-    rows = [
-        ("directory", result.directory),
-        ("file system", _file_system_text(result.file_system)),
+    floor = f"the bare {'disk' if result.file_system else 'server'}"
+    what = "write + sync" if result.file_system else "POST"
+    rows = [("target", result.target)]
+    if result.file_system:
+        rows.append(("file system", _file_system_text(result.file_system)))
+    rows += [
         ("", f"{'p50':>12}{'p99':>12}{'most':>12}"),
-        ("bare disk", _times_text(result.floor) + f"   write + sync of {result.bytes} bytes"),
-        ("audit call", _times_text(result.call) + f"   {result.ratio:.2f} times the bare disk"),
+        (floor[4:], _times_text(result.floor) + f"   {what} of {result.bytes} bytes"),
+        ("audit call", _times_text(result.call) + f"   {result.ratio:.2f} times {floor}"),
     ]
     rows += [
-        (_count(threads), f"{rate:>10,.0f}/s   {rate / result.serial:.2f} times the bare disk's "
+        (_count(threads), f"{rate:>10,.0f}/s   {rate / result.serial:.2f} times {floor}'s "
                           f"{result.serial:,.0f}/s, one by one")
         for threads, rate in result.rates.items()
     ]  # fmt: skip

@@ -131,8 +131,8 @@ class Settings:
         if self.server_url is None:
             return self._local_sink()
         if self.directory is None:
-            return self._server_sink()
-        both = (self._server_sink(), self._local_sink())
+            return self.server_sink()
+        both = (self.server_sink(), self._local_sink())
         return FirstOf(*both) if self.policy == "first" else AllOf(*both)
 
     def _check_server(self) -> None:
@@ -149,15 +149,20 @@ class Settings:
                 "AUDIT_LOG_POLICY says how two targets go together, and there is one at most",
                 hint="set both AUDIT_LOG_DIR and AUDIT_SERVER_URL, or unset it",
             )
+
+    def server_sink(self) -> HttpSink:
+        """Make the server's part of the sink.
+
+        Raises:
+            AuditConfigurationError: what is named is unusable.
+        """
+        assert self.server_url is not None
         if self.server_timeout is not None and self.server_timeout >= self.timeout:
             raise AuditConfigurationError(
                 f"the server's time-out ({self.server_timeout:g} s) is not shorter than that of a "
                 f"call ({self.timeout:g} s)",
                 hint="lower AUDIT_SERVER_TIMEOUT, or raise AUDIT_LOG_TIMEOUT",
             )
-
-    def _server_sink(self) -> HttpSink:
-        assert self.server_url is not None
         options: dict[str, Any] = {
             "api_key": self.server_api_key,
             "api_key_file": self.server_api_key_file,

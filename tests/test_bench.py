@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import orjson
 import pytest
 import structlog
+from servers.certificates import make_certificates
+from servers.processes import SeqServer
+from servers.scripted import ScriptedServer, Step, accepted, close_after_reading, error
 
-from structlog_audit import AuditConfigurationError, AuditWriteError, bench, disk
+from structlog_audit import AuditConfigurationError, AuditWriteError, SeqSink, bench, disk
+from structlog_audit.bare_post import BarePost
 from structlog_audit.sinks import _durable
+
+LINE = (
+    b'{"level":35,"time":"2026-11-22T07:04:20.040123Z","pid":7,"hostname":"h","name":"audit-log",'
+    b'"action":"A","event":"Record","data":{},"session":"k3v9w0q1z7m2x8c4b6n5","sequence":1,'
+    b'"prev":""}\n'
+)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +68,47 @@ def test_a_disk_that_fails_meanwhile_is_told_of(
 
     structlog.reset_defaults()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_is_measured(tmp_path: Path) -> None:
+    """Beside POSTs of the standard library, each of which the server stores."""
+    with SeqServer(tmp_path) as server:
+        result = bench.run_server_bench(SeqSink(server.url), seconds=0.05)
+        stored = server.stored()
+
+    assert result.target == f"SeqSink('{server.url}')"
+    assert result.ratio > 0
+    assert set(result.rates) == set(bench.THREADS)
+    assert result.verdict[0].startswith("An answer takes")
+    assert {event["Action"] for event in stored} == {"AuditSession", "Benchmark"}
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [(error(503), "answers 503"), (close_after_reading(), "did not answer")],
+)
+def test_a_server_that_takes_nothing_from_the_bare_post_is_told_of(step: Step, words: str) -> None:
+    """A floor that nothing confirmed would be none."""
+    with ScriptedServer([step]) as server:
+        bare = BarePost(SeqSink(server.url))
+
+        with pytest.raises(AuditConfigurationError, match=words):
+            bare.write(LINE)
+
+        bare.close()
+
+
+def test_a_server_with_a_certificate_and_a_key_is_measured(tmp_path: Path) -> None:
+    """The bare POST trusts and proves what the sink does."""
+    certificates = make_certificates(tmp_path)
+    with ScriptedServer([accepted()] * 2, tls=certificates.good.server_context()) as server:
+        sink = SeqSink(server.url, api_key="sesame", ca=certificates.ca)
+        with closing(BarePost(sink)) as bare:
+            assert min(bare.write(LINE)) > 0
+        with pytest.raises(AuditConfigurationError, match="cannot be reached"):
+            BarePost(SeqSink(server.url))
+
+    assert server.requests[0].headers["x-seq-apikey"] == "sesame"
 
 
 def test_a_full_disk_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

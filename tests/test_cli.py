@@ -305,7 +305,7 @@ def test_bench_measures_a_disk_and_leaves_no_trace(
         assert "A sync takes" in done.stdout or "Not durable" in done.stdout
         return
     result = json.loads(done.stdout)
-    assert result["directory"] == str(tmp_path)
+    assert result["target"] == str(tmp_path)
     assert 400 < result["bytes"] < 600
     for times in (result["sync"], result["floor"], result["call"]):
         assert 0 < times["p50_us"] <= times["p99_us"] <= times["max_us"]

@@ -16,7 +16,7 @@ ROWS = [
     "formats",
     "call commit cursor sinks.file sinks.console sinks.http sinks.combine",
     "session processors operation sinks.seq spool",
-    "handler logger",
+    "handler logger bare_post",
     "settings testing forward",
     "doctor demo bench _pytest",
     "cli",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -271,6 +272,18 @@ def test_what_is_sent_to_another_server(make_handler: MakeHandler) -> None:
         (receipt.session, 1),
         (receipt.session, 2),
     ]
+
+
+def test_what_is_sent_is_compressed_when_asked_for(make_handler: MakeHandler) -> None:
+    """A repetition has the same bytes."""
+    with ScriptedServer([scripted.error(503), accepted()]) as server:
+        handler = make_handler(HttpSink(server.url, compress=True))
+        handler.record({"action": "A"})
+
+    first, second = server.requests[:2]
+    assert first.headers["content-encoding"] == "gzip"
+    assert first.body == second.body
+    assert [json.loads(line)["sequence"] for line in gzip.decompress(first.body).splitlines()]
 
 
 def test_the_status_codes_that_confirm_are_the_callers(make_handler: MakeHandler) -> None:

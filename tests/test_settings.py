@@ -176,7 +176,7 @@ def test_each_variable_of_the_server_reaches_its_sink(tmp_path: Path) -> None:
     assert sink._key.text() == "hunter2"
     assert sink.timeout == 3
     assert sink.allow_insecure
-    assert sink._files == {
+    assert sink.files == {
         "ca": str(tmp_path / "ca.pem"),
         "client_cert": str(tmp_path / "cert.pem"),
         "client_key": str(tmp_path / "key.pem"),

@@ -87,6 +87,7 @@ class HttpSink:
         allow_insecure: accept `http` to another machine: whoever is in between reads and changes
             everything.
         environment_proxies: use the proxies that the environment names.
+        compress: send with gzip; the server has to take that (`Content-Encoding`).
         health: path or URL of a page that answers 2xx when the server works; None to only connect.
         max_event_bytes: longest line that the server takes.
         max_payload_bytes: longest request that it takes.
@@ -113,6 +114,7 @@ class HttpSink:
         client_key: str | os.PathLike[str] | None = None,
         allow_insecure: bool = False,
         environment_proxies: bool = False,
+        compress: bool = False,
         health: str | None = None,
         max_event_bytes: int = MAX_EVENT_BYTES,
         max_payload_bytes: int = MAX_PAYLOAD_BYTES,
@@ -129,10 +131,14 @@ class HttpSink:
         self.timeout = timeout
         self.on_sent: Callable[[], None] | None = None
         self._key = Key(api_key, api_key_file)
-        self._headers = {"Content-Type": CONTENT_TYPES[format], **_checked_headers(headers or {})}
-        self._confirm = frozenset(confirm)
+        encoding = {"Content-Encoding": "gzip"} if compress else {}
+        self._headers = {
+            "Content-Type": CONTENT_TYPES[format], **encoding, **_checked_headers(headers or {})
+        }  # fmt: skip
+        self._compress = compress
+        self.confirm = frozenset(confirm)
         self._accept = accept
-        self._files = {
+        self.files = {
             name: None if path is None else _checked_file(name, path)
             for name, path in (("ca", ca), ("client_cert", client_cert), ("client_key", client_key))
         }
@@ -199,11 +205,30 @@ class HttpSink:
         if client is not None:
             client.close()
 
-    def _all_headers(self, identity: str) -> Mapping[str, str]:
+    @property
+    def page(self) -> str:
+        """The URL of the page to which lines are posted."""
+        return self._pages[0]
+
+    def request(self, lines: Sequence[bytes]) -> tuple[dict[str, str], bytes]:
+        """Return headers (with the key) and body of the request that would post lines."""
+        return self._all_headers(lines), self._body(lines, self._events(lines))
+
+    def _all_headers(self, lines: Sequence[bytes]) -> dict[str, str]:
+        session, first = identity(lines[0])
+        of_these = f"{session}-{first}-{identity(lines[-1])[1]}"
         key = self._key.text()
         name, before = self.key_header
         proof = {} if key is None else {name: before + key}
-        return {**self._headers, "Idempotency-Key": identity, **proof}
+        return {**self._headers, "Idempotency-Key": of_these, **proof}
+
+    def _body(self, lines: Sequence[bytes], events: Sequence[bytes]) -> bytes:
+        body = otlp(lines) if self.format == "otlp" else b"".join(events)
+        if self._compress:
+            import gzip
+
+            body = gzip.compress(body, mtime=0)  # a repetition has the same bytes
+        return body
 
     def _next_page(self) -> bool:
         """Turn to the page of older servers, if there is one."""
@@ -231,9 +256,9 @@ class HttpSink:
         if self._client is None:
             from structlog_audit.sinks._exchange import Client
 
-            cert, key = self._files["client_cert"], self._files["client_key"]
+            cert, key = self.files["client_cert"], self.files["client_key"]
             self._client = Client(
-                self._pages[0], ca=self._files["ca"], environment_proxies=self._environment_proxies,
+                self._pages[0], ca=self.files["ca"], environment_proxies=self._environment_proxies,
                 certificate=None if cert is None else (cert, key or cert),
             )  # fmt: skip
         return self._client
@@ -284,8 +309,7 @@ class HttpSink:
         Raises:
             SinkError: they are not confirmed.
         """
-        body = otlp(lines) if self.format == "otlp" else b"".join(events)
-        return _Delivery(self, lines, body, end).run()
+        return _Delivery(self, lines, self._body(lines, events), end).run()
 
 
 class _Again(Exception):
@@ -306,8 +330,6 @@ class _Delivery:
         self._body = body
         self._end = end
         self._fate: Persisted = "no"
-        session, first = identity(lines[0])
-        self._key = f"{session}-{first}-{identity(lines[-1])[1]}"
 
     def run(self) -> str | None:
         """Post until it is decided, or the time is over.
@@ -352,7 +374,7 @@ class _Delivery:
         from structlog_audit.sinks._exchange import NoAnswer
 
         sink = self._sink
-        headers = sink._all_headers(self._key)
+        headers = sink._all_headers(self._lines)
         try:
             answer = sink._connected().post(self._body, headers, self._end, sink.on_sent)
         except NoAnswer as error:
@@ -367,7 +389,7 @@ class _Delivery:
 
     def _weigh(self, answer: Answer) -> str | None:
         status = answer.status
-        if status in self._sink._confirm:
+        if status in self._sink.confirm:
             problem = self._sink._verdict(answer, self._lines)
             if problem is None:
                 return None
