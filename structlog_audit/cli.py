@@ -68,8 +68,9 @@ def demo(directory: str | None) -> None:
 def doctor(as_json: bool, app: str | None) -> None:
     """Tell whether an entry can be recorded here, and what should be mended.
 
-    The target is the one that the environment names (AUDIT_LOG_DIR), or the application's. Exit
-    status 0: an entry can be recorded. 1: it cannot.
+    The target is what the environment names (AUDIT_LOG_DIR, AUDIT_SERVER_URL, AUDIT_LOG_POLICY), or
+    the application's. Also: how far behind a forwarder is. Exit status 0: an entry can be recorded.
+    1: it cannot.
 
     Example: AUDIT_LOG_DIR=./audit structlog-audit doctor --app myapp.logs:configure
     """
@@ -118,8 +119,9 @@ def forward(
 ) -> None:
     """Ship session files that were written while a server was away.
 
-    The key, the format and the rest come from the AUDIT_SERVER_ variables. Files stay where they
-    are. Exit status 0: all is shipped. 1: something is not.
+    The key, the format and the rest come from the AUDIT_SERVER_ variables, for --to as well. Files
+    stay where they are. What was shipped to one URL is shipped again, whole, to another one. Exit
+    status 0: all is shipped. 1: something is not.
 
     Example: structlog-audit forward /var/log/audit --to https://logs.example.com --follow
     """
@@ -144,6 +146,12 @@ def _forwarder(directory: str | None, to: str | None) -> Forwarder:
     if where is None:
         raise AuditConfigurationError(
             "no directory to forward", hint="name it, or set AUDIT_LOG_DIR"
+        )
+    if to is None and settings.server_url and settings.directory and settings.policy != "first":
+        raise AuditConfigurationError(
+            "under the policy all, the server has every entry of the directory already",
+            hint="AUDIT_LOG_POLICY=first leaves entries to forward; to ship them all the same, "
+            "give --to URL",
         )
     return Forwarder(where, _server(to), prefix=settings.prefix, on_problem=_echo_problem)
 
@@ -233,7 +241,7 @@ def _print_report(console: Console, report: Report) -> None:
 def _rows(report: Report) -> list[tuple[str, str]]:
     rows = [] if report.target is None else [
         ("target", report.target),
-        ("policy", report.policy),
+        *([("policy", report.policy)] if report.policy else []),
         ("mode", report.mode),
         ("app", report.app or "not named (AUDIT_LOG_APP)"),
     ]  # fmt: skip

@@ -26,7 +26,15 @@ SUFFIX = ".json"
 """Of the name of a cursor, behind that of its session file."""
 
 ProblemKind = Literal[
-    "refused", "altered", "unreadable", "unfinished", "restarted", "skipped", "failing", "stopped"
+    "refused",
+    "altered",
+    "unreadable",
+    "unfinished",
+    "restarted",
+    "skipped",
+    "failing",
+    "working",
+    "stopped",
 ]
 """What a problem is.
 
@@ -34,7 +42,8 @@ ProblemKind = Literal[
 wrote. `unreadable`: it cannot be read, or is no regular file. These three hold the file.
 `unfinished`: its last line has no end (yet). `restarted`: its cursor was of no use, so it is
 shipped from its beginning. `skipped`: a line was left out by hand. `failing`: the sink fails, or
-the directory, and all files wait. `stopped`: the forwarder's thread ended by an error.
+the directory, and all files wait. `working`: that is over. `stopped`:
+the forwarder's thread ended by an error.
 """
 
 

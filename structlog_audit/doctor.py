@@ -60,7 +60,7 @@ class Report:
         enabled: whether an entry can be recorded.
         reason: why not.
         target: where entries go.
-        policy: which of several targets must confirm.
+        policy: which of several targets must confirm; None with one target.
         mode: how much web interceptors record.
         app: name of the application.
         session: the newest session file and its state.
@@ -68,7 +68,7 @@ class Report:
         space: free and total bytes, and days left at the current rate.
         permissions: owner and mode of the directory, and who asks.
         latency: p50 and p99 of one write and sync, in microseconds.
-        lag: what the forwarder has not shipped yet, where one has been at work.
+        lag: what the forwarder has not shipped yet, where one is at work or should be.
         processors: the application's processors in order, where one was given.
         problems: what should be mended.
     """
@@ -76,7 +76,7 @@ class Report:
     enabled: bool = False
     reason: str | None = None
     target: str | None = None
-    policy: str = "all"
+    policy: str | None = None
     mode: str = "basic"
     app: str | None = None
     session: dict[str, Any] | None = None
@@ -128,6 +128,7 @@ def _examine(handler: AuditHandler, report: Report) -> None:
 
 def _examine_sink(sink: Sink, handler: AuditHandler, report: Report) -> None:
     if isinstance(sink, AllOf):
+        report.policy = report.policy or "all"
         for part in sink.sinks:
             _examine_sink(part, handler, report)
     elif isinstance(sink, FirstOf):
@@ -167,7 +168,8 @@ def _examine_server(sink: HttpSink, report: Report) -> None:
     if not isinstance(sink, SeqSink):
         report.problems.append(
             f"{sink!r} confirms what its documentation says, which is seldom that an entry is on "
-            "a disk; set AUDIT_LOG_DIR as well (policy all), or in code AllOf(sink, FileSink(…))"
+            "a disk, and whether it takes entries from us is not tried here; set AUDIT_LOG_DIR as "
+            "well (policy all), or in code AllOf(sink, FileSink(…))"
         )
 
 
@@ -294,10 +296,15 @@ def _look_at_directory(handler: AuditHandler, sink: FileSink, report: Report) ->
         report.session, written = _sessions(sink)
     except OSError:  # the check says why
         return
-    if is_forwarded(sink.directory):
+    if is_forwarded(sink.directory) or report.policy == "first":
         lag = lag_of(sink.directory, sink.prefix)
         report.lag = {"entries": lag.entries, "bytes": lag.bytes, "seconds": lag.seconds}
         problems += map(str, lag.problems)
+        if lag.entries and not is_forwarded(sink.directory):
+            problems.append(
+                f"{lag.entries:,} entries are in {sink.directory} alone, and no forwarder has ever "
+                f"been at work: structlog-audit forward {sink.directory}"
+            )
     space = sink.space()
     days = space.free / written if written else None
     report.space = {"free": space.free, "total": space.total, "bytes_per_day": round(written),

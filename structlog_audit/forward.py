@@ -284,16 +284,20 @@ class Forwarder:
             self._end()
 
     def _follow(self, stop: threading.Event, interval: float) -> None:
-        pause = FIRST_PAUSE
+        pause, failing = FIRST_PAUSE, False
         while not stop.is_set():
             try:
                 self._pass(stop)
             except AuditError as error:
-                self._tell(Problem("failing", error.reason, hint=error.hint))
+                reason = f"{error.reason}; it is tried again until it works"
+                self._tell(Problem("failing", reason, hint=error.hint))
+                failing = True
                 stop.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads hosts
                 pause = min(LONGEST_PAUSE, pause * 2)
             else:
-                pause = FIRST_PAUSE
+                if failing:
+                    self._tell(Problem("working", f"{self.target} works again"))
+                pause, failing = FIRST_PAUSE, False
                 stop.wait(interval)
 
     def _pass(

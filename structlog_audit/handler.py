@@ -166,7 +166,8 @@ class AuditHandler(logging.Handler):
             check()
         except SinkError as error:
             raise AuditConfigurationError(
-                f"{self.sink!r} cannot be used: {error.reason}", hint=error.hint
+                f"{self.sink!r} cannot be used: {error.reason.removeprefix(f'{self.sink!r}: ')}",
+                hint=error.hint,
             ) from error
 
     def record(self, entry: Mapping[str, object], kind: Kind = "Record") -> Receipt:
@@ -276,7 +277,7 @@ class AuditHandler(logging.Handler):
         finally:
             super().close()
         if lost:
-            raise _lost_outcomes(lost, self.sink)
+            raise _lost_outcomes(lost, self.sink, self._sessions.gap.reason)
 
     def _close_for_logging(self) -> None:
         """Close without raising: logging would leave the handlers after this one unclosed."""
@@ -439,7 +440,7 @@ def _close_forgotten(commits: GroupCommit) -> None:
     _forgotten.pop(commits, None)
     commits.stop()
     if lost:
-        raise _lost_outcomes(lost, sessions.sink)
+        raise _lost_outcomes(lost, sessions.sink, sessions.gap.reason)
 
 
 def _close_all() -> None:
@@ -496,9 +497,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_fork_all)
 
 
-def _lost_outcomes(lost: int, sink: Sink) -> AuditWriteError:
+def _lost_outcomes(lost: int, sink: Sink, why: str) -> AuditWriteError:
     return AuditWriteError(
-        f"{lost} outcome(s) of operations could not be written",
+        f"{lost} outcome(s) of operations could not be written{': ' if why else ''}{why}",
         persisted="unknown",
         sink=repr(sink),
     )

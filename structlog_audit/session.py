@@ -283,7 +283,7 @@ _OWNERS: dict[int, Sessions] = {}
 
 def _write_error(sink: Any, error: SinkError) -> AuditWriteError:
     return AuditWriteError(
-        error.reason,
+        error.reason.removeprefix(f"{sink!r}: "),
         persisted=error.persisted,
         sink=repr(sink),
         path=error.path,

@@ -352,6 +352,29 @@ def test_doctor_names_a_server_that_is_away(policy: str, status: int, tmp_path: 
     assert "is the server running" in done.stdout
 
 
+def test_doctor_tells_of_a_key_that_is_wrong(tmp_path: Path) -> None:
+    """Before the first entry fails."""
+    with SeqServer(tmp_path, key="the-key") as seq:
+        variables = {"AUDIT_SERVER_URL": seq.url, "AUDIT_SERVER_API_KEY": "hunter2"}
+        done = run("doctor", cwd=tmp_path, **variables)
+
+    assert done.returncode == 1
+    assert "the key is wrong" in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_doctor_tells_of_entries_that_no_forwarder_has_shipped(tmp_path: Path) -> None:
+    """The server was away, and nobody thought of what the directory has."""
+    write_entries(tmp_path / "audit", 3)
+    with SeqServer(tmp_path) as seq:
+        variables = {"AUDIT_SERVER_URL": seq.url, "AUDIT_LOG_DIR": str(tmp_path / "audit"),
+                     "AUDIT_LOG_POLICY": "first"}  # fmt: skip
+        done = run("doctor", cwd=tmp_path, **variables)
+
+    assert "5 entries are in" in done.stdout
+    assert "no forwarder has ever been at work" in done.stdout
+
+
 def test_doctor_says_what_a_server_does_not_prove(tmp_path: Path) -> None:
     """An answer of a server that is no Seq; and one that is not encrypted, loudly."""
     with SeqServer(tmp_path, "--ndjson", "200") as seq:
@@ -397,12 +420,14 @@ def test_forward_ships_what_is_there_and_the_doctor_knows(tmp_path: Path) -> Non
         variables = {"AUDIT_SERVER_API_KEY": "the-key"}
         done = run("forward", str(audit), "--to", seq.url, cwd=tmp_path, **variables)
         stored = seq.stored()
-        again = run("forward", cwd=tmp_path, AUDIT_SERVER_URL=seq.url,
-                    AUDIT_LOG_DIR=str(audit), **variables)  # fmt: skip
+        here = {**variables, "AUDIT_SERVER_URL": seq.url, "AUDIT_LOG_DIR": str(audit)}
+        again = run("forward", cwd=tmp_path, **here, AUDIT_LOG_POLICY="first")
+        twice = run("forward", cwd=tmp_path, **here)
 
     assert (done.returncode, done.stdout) == (0, "5 entries of 1 files shipped\n"), done.stderr
     assert [event.get("number") for event in stored] == [None, 0, 1, 2, None]
     assert again.stdout == "0 entries of 0 files shipped\n"
+    assert "the server has every entry of the directory already" in twice.stderr
     write_entries(audit, 2)
     report = run("doctor", cwd=tmp_path, AUDIT_LOG_DIR=str(audit)).stdout
     assert "not forwarded 4 entries" in report

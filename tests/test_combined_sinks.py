@@ -235,6 +235,25 @@ def test_a_sink_that_works_again_gets_the_next_session(
     assert handler.sink._rest[0]._pause == combine.FIRST_PAUSE
 
 
+def test_a_change_of_place_is_logged(
+    make_handler: MakeHandler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No caller notices it; whoever reads the log does, once for each change."""
+    monkeypatch.setattr(combine, "FIRST_PAUSE", 0.01)
+    first, second = BrokenSink(refusal()), MemorySink()
+    handler = make_handler(FirstOf(first, second))
+    handler.record({"action": "A"})
+    handler.record({"action": "A"})
+    first.error = None
+    eventually(lambda: handler.record({"action": "A"}) and first.lines)
+
+    away, back = [record.message for record in caplog.records if record.name == "structlog_audit"]
+    assert "failed: it does not work today; entries go to" in away
+    assert away.endswith("until it works again")
+    assert back.startswith("entries go to")
+    assert back.endswith("again")
+
+
 def test_the_pause_grows_and_ends_with_a_success() -> None:
     """A second, two, four … at most a minute."""
     rest = combine._Rest()

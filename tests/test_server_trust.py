@@ -59,15 +59,15 @@ def test_a_server_with_a_certificate_of_a_known_authority(
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "words", "hint"),
     [
-        ("wrong_name", "certificate is not trusted: .*mismatch"),
-        ("expired", "certificate is not trusted: .*expired"),
-        ("foreign", "certificate is not trusted: "),
+        ("wrong_name", "certificate is not trusted: .*mismatch", "for another host"),
+        ("expired", "certificate is not trusted: .*expired", "have it renewed"),
+        ("foreign", "certificate is not trusted: ", "AUDIT_SERVER_CA"),
     ],
 )
 def test_a_server_that_cannot_prove_itself_gets_nothing(
-    kind: str, words: str, certificates: Certificates
+    kind: str, words: str, hint: str, certificates: Certificates
 ) -> None:
     """Neither the entry nor the key; it is not tried again."""
     context = getattr(certificates, kind).server_context()
@@ -80,7 +80,7 @@ def test_a_server_that_cannot_prove_itself_gets_nothing(
             AuditHandler(sink).check()
 
     assert caught.value.persisted == "no"
-    assert "AUDIT_SERVER_CA" in str(caught.value)
+    assert hint in str(caught.value)
     assert (server.requests, server.cut) == ([], [])
 
 
@@ -149,6 +149,7 @@ def test_a_server_that_drips_over_tls(interval: float, certificates: Certificate
         ("http://logs.example.com", "is not encrypted"),
         ("http://10.0.0.1:5341", "is not encrypted"),
         ("https://ada:hunter2@logs.example.com", "carries a key or a password"),
+        ("https://logs.example.com/#hunter2", "carries a key or a password"),
         ("https://logs.example.com?apiKey=hunter2", "carries a key or a password"),
         ("logs.example.com", "looks like https://"),
         ("ftp://logs.example.com", "looks like https://"),
@@ -272,8 +273,8 @@ def test_the_check_asks_the_health_page(tmp_path: Path) -> None:
         with pytest.raises(AuditConfigurationError, match=r"cannot be reached: .*refused"):
             AuditHandler(SeqSink(seq.url)).check()
     for step, words in (
-        (scripted.error(503), "health page answers 503"),
-        (scripted.redirect("http://127.0.0.1:1"), "health page answers 302"),
+        (scripted.error(503), "health page .* answers 503"),
+        (scripted.redirect("http://127.0.0.1:1"), "health page .* answers 302"),
         (scripted.never_answer(), "no answer in time"),
     ):
         with (
@@ -283,9 +284,69 @@ def test_the_check_asks_the_health_page(tmp_path: Path) -> None:
             AuditHandler(SeqSink(server.url, timeout=0.3)).check()
 
 
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (scripted.error(401), "answers 401 to a request without entries .*wants a key"),
+        (scripted.error(403), "answers 403 to a request without entries .*key is wrong"),
+        (scripted.html(), "answers 200 to a request without entries"),
+        (scripted.accepted("Warning"), "a minimum level"),
+        (scripted.never_answer(), "no answer in time"),
+    ],
+)
+def test_the_check_finds_out_whether_seq_lets_us_in(step: scripted.Step, words: str) -> None:
+    """By a request without entries: before the first entry, and not by it."""
+    with ScriptedServer([scripted.answer(200), step]) as server:
+        sink = SeqSink(server.url, api_key=SECRET, timeout=0.5)
+        with pytest.raises(AuditConfigurationError, match=words):
+            AuditHandler(sink).check()
+
+    assert [request.body for request in server.requests] == [b"", b""]
+
+
+@pytest.mark.parametrize("status", [400, 413, 429])
+def test_the_check_takes_no_offence_where_a_request_without_entries_is_none(status: int) -> None:
+    """What such an answer means for an entry is not known."""
+    with ScriptedServer([scripted.answer(200), scripted.error(status)]) as server:
+        AuditHandler(SeqSink(server.url)).check()
+
+
+def test_the_check_turns_to_the_page_of_older_servers() -> None:
+    """As a post would."""
+    script = [scripted.answer(200), scripted.error(404), scripted.accepted()]
+    with ScriptedServer(script) as server:
+        AuditHandler(SeqSink(server.url)).check()
+
+    assert server.requests[-1].line.startswith("POST /api/events/raw")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ca": "private"}, "has no certificate that can be read"),
+        ({"client_key": "private"}, "the key of a client_cert, and none is given"),
+        ({"client_cert": "cert"}, "do not go together"),
+        ({"client_cert": "cert", "client_key": "other"}, "do not go together"),
+    ],
+)
+def test_a_mistake_among_our_own_certificates_is_not_blamed_on_the_server(
+    options: dict[str, str], words: str, certificates: Certificates
+) -> None:
+    """It is found when the sink is made."""
+    files = {
+        "cert": certificates.client.cert,
+        "private": certificates.client.private,
+        "other": certificates.good.private,
+    }
+    given: dict[str, Any] = {name: files[file] for name, file in options.items()}
+
+    with pytest.raises(AuditConfigurationError, match=words):
+        SeqSink("https://127.0.0.1", **given)
+
+
 def test_a_check_without_a_health_page_only_asks_whether_somebody_is_there() -> None:
     """Whatever a GET is answered."""
     with ScriptedServer([scripted.error(404)]) as server:
         AuditHandler(HttpSink(server.url)).check()
-        with pytest.raises(AuditConfigurationError, match="health page answers 404"):
+        with pytest.raises(AuditConfigurationError, match=r"health page .* answers 404"):
             AuditHandler(HttpSink(server.url, health=f"{server.url}/ready")).check()

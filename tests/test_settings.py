@@ -10,6 +10,7 @@ import pytest
 import structlog
 from reading import recorded
 from running import in_threads
+from servers.certificates import make_certificates
 
 from structlog_audit import (
     AuditConfigurationError,
@@ -157,15 +158,19 @@ def test_variables_make_sinks(variables: dict[str, str], expected: str) -> None:
 
 def test_each_variable_of_the_server_reaches_its_sink(tmp_path: Path) -> None:
     """Key, authority, certificate, time-out."""
-    for name in ("ca.pem", "cert.pem", "key.pem"):
-        (tmp_path / name).touch()
+    certificates = make_certificates(tmp_path)
+    files = {
+        "ca": str(certificates.ca),
+        "client_cert": str(certificates.client.cert),
+        "client_key": str(certificates.client.private),
+    }
     variables = {
         **SERVER,
         "AUDIT_SERVER_URL": "http://logs.example.com",
         "AUDIT_SERVER_API_KEY": "hunter2",
-        "AUDIT_SERVER_CA": str(tmp_path / "ca.pem"),
-        "AUDIT_SERVER_CLIENT_CERT": str(tmp_path / "cert.pem"),
-        "AUDIT_SERVER_CLIENT_KEY": str(tmp_path / "key.pem"),
+        "AUDIT_SERVER_CA": files["ca"],
+        "AUDIT_SERVER_CLIENT_CERT": files["client_cert"],
+        "AUDIT_SERVER_CLIENT_KEY": files["client_key"],
         "AUDIT_SERVER_TIMEOUT": "3s",
         "AUDIT_SERVER_ALLOW_INSECURE": "1",
     }
@@ -176,11 +181,7 @@ def test_each_variable_of_the_server_reaches_its_sink(tmp_path: Path) -> None:
     assert sink._key.text() == "hunter2"
     assert sink.timeout == 3
     assert sink.allow_insecure
-    assert sink.files == {
-        "ca": str(tmp_path / "ca.pem"),
-        "client_cert": str(tmp_path / "cert.pem"),
-        "client_key": str(tmp_path / "key.pem"),
-    }
+    assert sink.files == files
     assert "hunter2" not in repr(settings)
 
 

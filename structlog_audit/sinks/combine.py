@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
@@ -21,6 +23,8 @@ from structlog_audit.exceptions import (
     SinkError,
 )
 from structlog_audit.sinks._base import Sink
+
+_log = logging.getLogger("structlog_audit")
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds that a sink which failed is left alone: doubled with each failure."""
@@ -112,7 +116,8 @@ class FirstOf:
     """Writes to the first of its sinks that confirms.
 
     A sink that failed is left alone for a while; then it is asked whether it works again (`check`,
-    if it has one), and the next session begins there.
+    if it has one), and the next session begins there. The logger `structlog_audit` is told of each
+    change.
 
     Raises:
         AuditConfigurationError: there is none.
@@ -122,6 +127,8 @@ class FirstOf:
         self.sinks = _checked("FirstOf", sinks)
         self._rest = [_Rest() for _ in self.sinks]
         self._current: int | None = None
+        self._last = 0  # where entries went last; at the beginning they belong to the first
+        self._why = ""
         self._tried: set[int] = set()  # and failed, since something was confirmed
 
     def __repr__(self) -> str:
@@ -167,10 +174,11 @@ class FirstOf:
             try:
                 self.sinks[number].open(session)
             except SinkError as error:
-                self._failed(number)
+                self._failed(number, error)
                 problems.append(error)
             else:
                 self._current = number
+                self._tell_of(number)
                 return
         self._tried.clear()
         raise _all_failed(problems)
@@ -194,7 +202,7 @@ class FirstOf:
         except (SessionOver, LineRefused):
             raise
         except SinkError as error:
-            self._failed(current)
+            self._failed(current, error)
             if len(self._tried) == len(self.sinks):
                 self._tried.clear()
                 raise
@@ -218,9 +226,23 @@ class FirstOf:
             key=lambda number: (number in self._tried, self._rest[number].resting),
         )
 
-    def _failed(self, number: int) -> None:
+    def _failed(self, number: int, error: SinkError) -> None:
         self._rest[number].begin()
         self._tried.add(number)
+        self._why = error.reason.removeprefix(f"{self.sinks[number]!r}: ")
+
+    def _tell_of(self, number: int) -> None:
+        """Log that entries go elsewhere now, which no caller notices."""
+        last, self._last = self._last, number
+        if number == last:
+            return
+        now = f"entries go to {self.sinks[number]!r}"
+        with contextlib.suppress(Exception):  # a handler of logging may raise anything
+            if number > last:
+                _log.warning("%r failed: %s; %s until it works again",
+                             self.sinks[last], self._why, now)  # fmt: skip
+            else:
+                _log.warning("%s again", now)
 
     def _is_back(self, current: int) -> bool:
         """Ask the sinks before this one whether they work again, if it is time to."""

@@ -146,35 +146,54 @@ class HttpSink:
         self._health = health
         self._max_event_bytes = max_event_bytes
         self._max_payload_bytes = max_payload_bytes
+        self._asks = format == "otlp"  # a request without entries is known to be taken
         self._client: Client | None = None
         self._pages = [self.url]
+        _check_certificates(self.files)
+        if format == "otlp":
+            otlp(())  # needs the extra
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({_shown(self.url)!r})"
 
     def check(self) -> None:
-        """Ask whether the server is there.
+        """Ask whether the server is there, and where that is known to be harmless, whether it lets
+        us in: by a request without entries.
 
         Raises:
-            SinkError: it is not, or it is not who it should be.
+            SinkError: it is not, it is not who it should be, or it does not let us in.
         """
         from structlog_audit.sinks._exchange import NoAnswer
 
         end = time.monotonic() + min(HEALTH_TIMEOUT, self.timeout)
-        page = self._health_url()
         try:
-            answer = self._connected().get(page, end)
+            problem = self._health_problem(end) or (
+                self._entry_problem(end) if self._asks else None
+            )
         except NoAnswer as error:
-            problem = error.reason
-        else:
-            if self._health is None or answer.status < 300:
-                return
-            problem = f"its health page answers {answer.status}"
+            problem = f"it cannot be reached: {error.reason}", _hint_for(error.reason)
         finally:
             self.close()  # a child that is forked later must not have it
-        raise SinkError(
-            f"{self!r} cannot be reached: {problem}", persisted="no", hint=_hint_for(problem)
-        )
+        if problem is not None:
+            raise SinkError(f"{self!r}: {problem[0]}", persisted="no", hint=problem[1])
+
+    def _health_problem(self, end: float) -> tuple[str, str | None] | None:
+        status = self._connected().get(self._health or self.url, end).status
+        if self._health is None or status < 300:
+            return None
+        return f"its health page {_shown(self._health)} answers {status}", _HINTS.get(status)
+
+    def _entry_problem(self, end: float) -> tuple[str, str | None] | None:
+        answer = self._connected().post(b"", {**self._headers, **self._proof()}, end)
+        status = answer.status
+        if status == 404 and self._next_page():
+            return self._entry_problem(end)
+        if status in self.confirm:
+            problem = self._verdict(answer, ())
+            return None if problem is None else (problem, None)
+        if status in _REFUSED or status == 429:  # of a request without entries, that says nothing
+            return None
+        return f"it answers {status} to a request without entries", _HINTS.get(status)
 
     def open(self, session: str) -> None:
         """Do nothing: the connection is made with the first request, and kept."""
@@ -217,10 +236,12 @@ class HttpSink:
     def _all_headers(self, lines: Sequence[bytes]) -> dict[str, str]:
         session, first = identity(lines[0])
         of_these = f"{session}-{first}-{identity(lines[-1])[1]}"
+        return {**self._headers, "Idempotency-Key": of_these, **self._proof()}
+
+    def _proof(self) -> dict[str, str]:
         key = self._key.text()
         name, before = self.key_header
-        proof = {} if key is None else {name: before + key}
-        return {**self._headers, "Idempotency-Key": of_these, **proof}
+        return {} if key is None else {name: before + key}
 
     def _body(self, lines: Sequence[bytes], events: Sequence[bytes]) -> bytes:
         body = otlp(lines) if self.format == "otlp" else b"".join(events)
@@ -240,9 +261,6 @@ class HttpSink:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_client": None, "on_sent": None}
-
-    def _health_url(self) -> str:
-        return self.url if self._health is None else self._health
 
     def _verdict(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
         """Return why an answer confirms nothing, or None if it confirms."""
@@ -330,6 +348,7 @@ class _Delivery:
         self._body = body
         self._end = end
         self._fate: Persisted = "no"
+        self._doubt: str | None = None  # why it is not known, when it was not the first time
 
     def run(self) -> str | None:
         """Post until it is decided, or the time is over.
@@ -348,6 +367,8 @@ class _Delivery:
             return self._repeat(first)
         except _Again as again:
             problem = again.problem
+        if self._doubt not in (None, problem):
+            problem = f"{problem} (before that, with the request under way: {self._doubt})"
         raise self._failure(f"{problem}; no confirmation within {self._sink.timeout:g} s")
 
     def _repeat(self, first: _Again) -> str | None:
@@ -382,7 +403,7 @@ class _Delivery:
         else:
             return self._weigh(answer)
         if missing.sent:
-            self._fate = "unknown"
+            self._fate, self._doubt = "unknown", self._doubt or missing.reason
         if missing.untrusted:
             raise self._failure(missing.reason)
         raise _Again(missing.reason, pause=0.0 if missing.stale else None)
@@ -400,6 +421,8 @@ class _Delivery:
         if status not in _NOT_STORED:
             self._fate = "unknown"
         problem = f"the server answers {status}"
+        if 200 <= status < 300:
+            problem += ", which confirms nothing"
         if status == 404 and self._sink._next_page():
             raise _Again(problem, pause=0.0)
         if status in _BUSY:
@@ -455,21 +478,31 @@ def _otlp_verdict(body: bytes) -> str | None:
     return f"the server rejected {count} of the records" if count else None
 
 
+_WORDS = {
+    "certificate has expired": "have it renewed; is this machine's clock right?",
+    "not valid for": "the certificate is for another host: check the host in the URL",
+    "mismatch": "the certificate is for another host: check the host in the URL",
+    "certificate is not trusted": "name the authority's certificate with ca= or AUDIT_SERVER_CA",
+    "certificate required": "the server wants our certificate: client_cert= and client_key=, or "
+    "AUDIT_SERVER_CLIENT_CERT and AUDIT_SERVER_CLIENT_KEY",
+    "looked up": "check the host name in the URL",
+    "refused": "is the server running, and is the port right?",
+    "SSL": "does the server speak TLS there, and does it want a certificate of ours? "
+    "check https or http, and the port",
+    "closed": "does the server want TLS there? check https or http, and the port",
+}
+"""Hints, by words of the problem; the first that fits counts."""
+
+
 def _hint_for(problem: str) -> str | None:
-    if "certificate is not trusted" in problem:
-        return "name the authority's certificate with ca= or AUDIT_SERVER_CA, and check the host"
-    if "looked up" in problem:
-        return "check the host name in the URL"
-    if "refused" in problem:
-        return "is the server running, and is the port right?"
-    return None
+    return next((hint for words, hint in _WORDS.items() if words in problem), None)
 
 
 def _checked_url(url: str, *, allow_insecure: bool) -> str:
     parts = _parted(url)
-    if parts.username is not None or parts.password is not None or "apikey" in parts.query.lower():
+    if parts.username is not None or parts.fragment or "apikey" in parts.query.lower():
         raise AuditConfigurationError(
-            "the URL of an audit server carries a key or a password, which ends up in logs",
+            "the URL of an audit server carries a key or a password, which would end up in logs",
             hint="give it as api_key=, AUDIT_SERVER_API_KEY or AUDIT_SERVER_API_KEY_FILE",
         )
     if parts.scheme == "http" and not allow_insecure and not _is_this_machine(parts.hostname or ""):
@@ -502,7 +535,7 @@ def _is_this_machine(host: str) -> bool:
 
 def _shown(url: str) -> str:
     """Return a URL without its query, which may hold what is nobody's business."""
-    return url.partition("#")[0].partition("?")[0]
+    return url.partition("?")[0]
 
 
 def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -512,6 +545,34 @@ def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
         if not re.fullmatch(r"[\x20-\x7e]*", value):
             raise AuditConfigurationError(f"the header {name} has characters that none may have")
     return dict(headers)
+
+
+def _check_certificates(files: Mapping[str, str | None]) -> None:
+    """Read them now: a mistake in them would otherwise look like one of the server's."""
+    if files["client_key"] is not None and files["client_cert"] is None:
+        raise AuditConfigurationError("client_key is the key of a client_cert, and none is given")
+    ca, certificate = files["ca"], files["client_cert"]
+    if ca is None and certificate is None:
+        return
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if ca is not None:
+            context.load_verify_locations(ca)
+    except (ssl.SSLError, OSError) as error:
+        raise AuditConfigurationError(
+            f"ca: {ca} has no certificate that can be read", hint="it must be in PEM format"
+        ) from error
+    try:
+        if certificate is not None:
+            context.load_cert_chain(certificate, files["client_key"], password="")
+    except (ssl.SSLError, OSError) as error:
+        raise AuditConfigurationError(
+            f"client_cert: {certificate} and its key do not go together, or cannot be read",
+            hint="both in PEM format; a key in a file of its own is named by client_key= or "
+            "AUDIT_SERVER_CLIENT_KEY, and must not have a password",
+        ) from error
 
 
 def _checked_file(name: str, path: str | os.PathLike[str]) -> str:

@@ -61,9 +61,10 @@ class SeqSink(HttpSink):
             timeout=timeout, ca=ca, client_cert=client_cert, client_key=client_key,
             allow_insecure=allow_insecure, environment_proxies=environment_proxies,
         )  # fmt: skip
-        base = self.url.partition("?")[0].partition("#")[0].rstrip("/")
+        self.url = base = self.url.partition("?")[0].rstrip("/")
         self._pages = [base + page for page in PAGES]
         self._health = f"{base}/health"
+        self._asks = True
 
     def _verdict(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
         try:
