@@ -18,7 +18,7 @@ from structlog_audit.exceptions import (
 )
 from structlog_audit.handler import AuditHandler
 from structlog_audit.logger import AuditLogger, audit_log, get_logger
-from structlog_audit.operation import Operation
+from structlog_audit.operation import Operation, current_operation
 from structlog_audit.processors import Redact
 from structlog_audit.settings import Settings, audit_handler, audit_processors, reopen_on_signal
 from structlog_audit.sinks._base import Sink
@@ -61,6 +61,7 @@ __all__ = [
     "audit_processors",
     "bind_audit_context",
     "clear_audit_context",
+    "current_operation",
     "get_logger",
     "reopen_on_signal",
 ]

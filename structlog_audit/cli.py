@@ -169,7 +169,7 @@ def _server(url: str | None) -> HttpSink:
 
 
 def _line_number(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 18:
         raise AuditConfigurationError(f"{text!r} is no number of a line")
     return int(text)
 

@@ -384,17 +384,18 @@ class GroupCommit:
                     ticket.lost = not (ticket.settled or ticket.outcome)
 
     def _retry(self, own: Ticket, most: int, *, to_the_end: bool = False) -> None:
-        """Try outcomes that failed again, until one fails again, or to the end.
+        """Try outcomes that failed again, until one fails again, or to the end of the time-out.
 
         Each alone: one that the sink never takes must not fail others.
         """
+        end = monotonic() + self.timeout
         for _ in range(most):
             ticket = next(iter(self._failed))
             own.carried.append(ticket)
             del self._failed[ticket]
             self._since = monotonic()
             self._commit([ticket])
-            if ticket.receipt is None and not to_the_end:
+            if ticket.receipt is None and (not to_the_end or monotonic() >= end):
                 return
 
     def _leave(self, own: Ticket) -> None:

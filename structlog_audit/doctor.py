@@ -297,20 +297,28 @@ def _look_at_directory(handler: AuditHandler, sink: FileSink, report: Report) ->
     except OSError:  # the check says why
         return
     if is_forwarded(sink.directory) or report.policy == "first":
-        lag = lag_of(sink.directory, sink.prefix)
-        report.lag = {"entries": lag.entries, "bytes": lag.bytes, "seconds": lag.seconds}
-        problems += map(str, lag.problems)
-        if lag.entries and not is_forwarded(sink.directory):
-            problems.append(
-                f"{lag.entries:,} entries are in {sink.directory} alone, and no forwarder has ever "
-                f"been at work: structlog-audit forward {sink.directory}"
-            )
+        _look_at_lag(sink, report)
     space = sink.space()
     days = space.free / written if written else None
     report.space = {"free": space.free, "total": space.total, "bytes_per_day": round(written),
                     "days_left": None if days is None else round(days, 1)}  # fmt: skip
     if space.free < handler.low_space * (space.total if handler.low_space < 1 else 1):
         problems.append(f"only {space.free:,} of {space.total:,} bytes are free")
+
+
+def _look_at_lag(sink: FileSink, report: Report) -> None:
+    try:
+        lag = lag_of(sink.directory, sink.prefix)
+    except AuditError as error:  # what is not shipped hinders no recording
+        report.problems.append(f"how far behind the forwarder is cannot be told: {error}")
+        return
+    report.lag = {"entries": lag.entries, "bytes": lag.bytes, "seconds": lag.seconds}
+    report.problems += map(str, lag.problems)
+    if lag.entries and not is_forwarded(sink.directory):
+        report.problems.append(
+            f"{lag.entries:,} entries are in {sink.directory} alone, and no forwarder has ever "
+            f"been at work: structlog-audit forward {sink.directory}"
+        )
 
 
 def _permissions(stats: os.stat_result, problems: list[str]) -> dict[str, Any]:

@@ -121,7 +121,10 @@ class SinkError(AuditError):
         persisted: `no` if none of the lines exists, otherwise `unknown`.
         path: the file that failed, or None.
         errno: the system's error number, or None.
+        delivered: how many lines, from the first, are durable all the same, as far as is known.
     """
+
+    delivered = 0
 
     def __init__(
         self,
@@ -154,13 +157,17 @@ class LineRefused(SinkError):
     The handler fails that entry alone, numbers and links those after it anew, and writes them.
 
     Attributes:
-        delivered: how many lines, from the first, are durable; the next one is the refused one,
-            and nothing after it was stored.
+        delivered: how many lines, from the first, are durable; the next one is the refused one.
+        doubtful: whether it, or lines after it, may be stored all the same. Their numbers must not
+            be given to other entries then: the handler begins a new session for what is left.
     """
 
-    def __init__(self, reason: str, *, delivered: int, hint: str | None = None) -> None:
-        super().__init__(reason, persisted="no", hint=hint)
+    def __init__(
+        self, reason: str, *, delivered: int, doubtful: bool = False, hint: str | None = None
+    ) -> None:
+        super().__init__(reason, persisted="unknown" if doubtful else "no", hint=hint)
         self.delivered = delivered
+        self.doubtful = doubtful
 
 
 _HINTS = {

@@ -51,11 +51,14 @@ from structlog_audit.exceptions import (
 )
 from structlog_audit.sinks._base import Sink
 from structlog_audit.sinks.file import FileSink
+from structlog_audit.sinks.http import HttpSink
 from structlog_audit.spool import Spool, read
 
 BATCH_BYTES, BATCH_LINES = 2**20, 1_000
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds between attempts while the sink fails: doubled each time, and spread at random."""
+LONGEST_TARGET = 1_000
+"""Bytes of the text that names where files go."""
 _log = logging.getLogger("structlog_audit")
 
 
@@ -124,14 +127,15 @@ class Forwarder:
         batch_lines: int = BATCH_LINES,
     ) -> None:
         _check_sink(sink)
-        _check_number("batch_bytes", batch_bytes)
-        _check_number("batch_lines", batch_lines)
+        _check_number("batch_bytes", batch_bytes, whole=True)
+        _check_number("batch_lines", batch_lines, whole=True)
         self.directory = FileSink(directory, prefix).directory  # it has the rules for both
         self.prefix = prefix
         self.sink = sink
-        self.target = _name_of(sink) if target is None else target
+        self.target = _name_of(sink) if target is None else _checked_target(target)
         self.on_problem = on_problem
         self._batch = (batch_bytes, batch_lines)
+        self._most = batch_lines  # fewer after a batch that failed
         self._place = Spool(self.directory, prefix)
         self._files: dict[str, SessionFile] = {}
         self._told: set[Problem] = set()
@@ -358,7 +362,7 @@ class Forwarder:
         with read(self._place.source, file.name) as source:
             file.look(status_of(source, file), size=file.size)
             check_identity(file)
-            while lines := successors(source, file, batch_bytes, batch_lines):
+            while lines := successors(source, file, batch_bytes, min(self._most, batch_lines)):
                 self._send(file, lines, tally)
                 if stop.is_set():
                     return
@@ -366,17 +370,24 @@ class Forwarder:
 
     def _send(self, file: SessionFile, lines: list[bytes], tally: _Tally) -> None:
         self._place.check_process()
-        refused: LineRefused | None = None
+        failed: SinkError | None = None
         try:
             self._write(file.session, lines)
-        except LineRefused as error:
-            refused = error
-            lines = lines[: max(0, min(error.delivered, len(lines) - 1))]
-        self._advance(file, lines, refused=None if refused is None else refused.reason)
+        except SinkError as error:
+            failed = _refused(error) or error
+            self._most = max(1, len(lines) // 2)  # the next one may be in time
+            lines = lines[: max(0, min(failed.delivered, len(lines) - 1))]
+        else:
+            self._most = min(2 * self._most, 10**9)
+        if lines or isinstance(failed, LineRefused):
+            reason = failed.reason if isinstance(failed, LineRefused) else None
+            self._advance(file, lines, refused=reason)
         self._entries += len(lines)
         tally.add(file, lines)
-        if refused is not None:
-            raise Held(refusal(file)) from refused
+        if isinstance(failed, LineRefused):
+            raise Held(refusal(file)) from failed
+        if failed is not None:
+            raise failed
 
     def _write(self, session: str, lines: Sequence[bytes]) -> None:
         try:
@@ -394,7 +405,8 @@ class Forwarder:
 
     def _write_to(self, session: str, lines: Sequence[bytes]) -> None:
         if self._session != session:
-            self._let_go()
+            if not isinstance(self.sink, HttpSink):  # it keeps its connection, for all sessions
+                self._let_go()
             self._session = session
             self.sink.open(session)
         self.sink.write(lines)
@@ -513,6 +525,7 @@ def _rest(place: Spool, name: str, target: str | None) -> _Rest:
     file = place.load(name, target)
     rest = _Rest(problems=file.problems)
     if file.is_held:
+        rest.time = _age_of(place, name)
         return rest
     file.remark()
     if file.cursor.refused is not None:
@@ -532,7 +545,15 @@ def _rest(place: Spool, name: str, target: str | None) -> _Rest:
         return _Rest()
     except Held as held:
         file.problems.append(held.problem)
+        rest.time = rest.time or _age_of(place, name)
     return rest
+
+
+def _age_of(place: Spool, name: str) -> float | None:
+    """Return when a file that is held was last written: what is in it cannot be trusted."""
+    with contextlib.suppress(OSError):
+        return place.source.status(name).st_mtime
+    return None
 
 
 def _count(source: io.FileIO, file: SessionFile) -> tuple[int, int]:
@@ -593,13 +614,30 @@ def _check_sink(sink: Any) -> None:
         )
 
 
-def _check_number(name: str, number: object) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+def _check_number(name: str, number: object, *, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number < 10**9:
         raise AuditConfigurationError(f"{name} must be a number above 0, not {number!r}")
+
+
+def _refused(error: BaseException | None) -> LineRefused | None:
+    """Return the refusal of a line that a combination of sinks has made a failure of them all."""
+    while error is not None and not isinstance(error, LineRefused):
+        error = error.__cause__
+    return error
+
+
+def _checked_target(target: object) -> str:
+    with contextlib.suppress(UnicodeError):
+        if isinstance(target, str) and 0 < len(target.encode()) <= LONGEST_TARGET:
+            return target
+    raise AuditConfigurationError(f"target is a text of {LONGEST_TARGET} bytes at most")
 
 
 def _name_of(sink: Any) -> str:
     """Return a sink's text, if it is the same in the next process."""
+    if isinstance(sink, HttpSink):
+        return sink.target
     if repr(sink) == object.__repr__(sink):  # with an address in it
         return f"{type(sink).__module__}.{type(sink).__qualname__}"
     return repr(sink)

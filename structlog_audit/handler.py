@@ -110,7 +110,12 @@ class AuditHandler(logging.Handler):
         self._alarm = Alarm(on_failure, low_space)
         self._renderer = Renderer(app=app, max_entry_bytes=max_entry_bytes)
         self._sessions = Sessions(
-            sink, self._renderer, self._alarm, max_bytes=max_bytes, max_age=max_age
+            sink,
+            self._renderer,
+            self._alarm,
+            max_bytes=max_bytes,
+            max_age=max_age,
+            timeout=timeout,
         )
         self._commits = GroupCommit(self._sessions.commit, self._sessions.lose, timeout)
         if isinstance(sink, TellsSent) and sink.on_sent is None:

@@ -110,12 +110,18 @@ class AuditLogger:
         return Operation(self.new(), given)
 
     def _begin(self, entry: Mapping[str, object]) -> Receipt:
-        receipt = self._run(None, entry, "Begin", "record").receipt
+        return self._end(entry, "Begin")
+
+    async def _abegin(self, entry: Mapping[str, object]) -> Receipt:
+        return await self._aend(entry, "Begin")
+
+    def _end(self, entry: Mapping[str, object], kind: Kind) -> Receipt:
+        receipt = self._run(None, entry, kind, "record").receipt
         assert receipt is not None
         return receipt
 
-    async def _abegin(self, entry: Mapping[str, object]) -> Receipt:
-        return await self._arun(None, entry, "Begin")
+    async def _aend(self, entry: Mapping[str, object], kind: Kind) -> Receipt:
+        return await self._arun(None, entry, kind)
 
     def _submit(self, entry: Mapping[str, object], kind: Kind) -> None:
         self._run(None, entry, kind, "submit")

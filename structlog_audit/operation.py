@@ -7,11 +7,13 @@ import logging
 import uuid
 import warnings
 from collections.abc import Mapping
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Protocol
 
 from structlog_audit.call import receipt_of
 from structlog_audit.entry import Kind, Receipt
+from structlog_audit.exceptions import AuditEntryError
 from structlog_audit.values import exception_data
 
 
@@ -24,6 +26,10 @@ class Caller(Protocol):
 
     def _submit(self, entry: Mapping[str, object], kind: Kind) -> None: ...
 
+    def _end(self, entry: Mapping[str, object], kind: Kind) -> Receipt: ...
+
+    async def _aend(self, entry: Mapping[str, object], kind: Kind) -> Receipt: ...
+
 
 class Operation:
     """An operation under audit, for `with` and `async with`.
@@ -35,6 +41,8 @@ class Operation:
 
     Attributes:
         data: what the outcome shall carry, a mapping.
+        durable: set it to have the end of the block wait for the outcome, and raise if it cannot be
+            recorded.
         operation_id: what Begin and outcome have in common.
         receipt: the receipt of the Begin; None before it.
     """
@@ -43,14 +51,36 @@ class Operation:
         self.data: Any = {}
         self.operation_id = str(entry.get("operation_id") or uuid.uuid4())
         self.receipt: Receipt | None = None
+        self.durable = False
         self._caller = caller
         self._entry = {**entry, "operation_id": self.operation_id}
         self._entered = False
         self._verdict: Kind | None = None
         self._reason: str | None = None
+        self._around: Operation | None = None
 
     def __repr__(self) -> str:
         return f"<Operation {self.operation_id}>"
+
+    @property
+    def action(self) -> object:
+        """What is done; set it where the body knows it better, for the outcome to say so."""
+        return self._entry.get("action")
+
+    @action.setter
+    def action(self, action: str) -> None:
+        self._entry["action"] = action
+
+    def bind(self, **fields: object) -> None:
+        """Say in the outcome what the Begin could not know yet, such as `user_id`.
+
+        Raises:
+            AuditEntryError: it is no field of an entry; what is, is named in `_CARRIED`.
+        """
+        unknown = fields.keys() - _CARRIED
+        if unknown:
+            raise AuditEntryError(f"{', '.join(sorted(unknown))}: no field that can be bound")
+        self._entry.update(fields)
 
     def fail(self, reason: str) -> None:
         """Make the outcome a `Fail` although the body does not raise."""
@@ -63,6 +93,7 @@ class Operation:
     def __enter__(self) -> Operation:
         self._enter_once()
         self.receipt = self._caller._begin(self._entry)
+        self._become_current()
         return self
 
     def __exit__(
@@ -71,7 +102,11 @@ class Operation:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._finish(error)
+        _current.set(self._around)
+        if self._is_awaited(error):
+            self._caller._end(*self._outcome(error))
+        else:
+            self._finish(error)
 
     async def __aenter__(self) -> Operation:
         self._enter_once()
@@ -82,6 +117,7 @@ class Operation:
             if self.receipt is not None:  # it began, and its body will not run
                 self._finish(cancelled)
             raise
+        self._become_current()
         return self
 
     async def __aexit__(
@@ -90,7 +126,11 @@ class Operation:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._finish(error)
+        _current.set(self._around)
+        if self._is_awaited(error):
+            await self._caller._aend(*self._outcome(error))
+        else:
+            self._finish(error)
 
     def __del__(self) -> None:
         if not getattr(self, "_entered", True):  # without it, __init__ raised
@@ -106,16 +146,26 @@ class Operation:
             raise RuntimeError("an operation runs once: make a new one with audit_log.operation()")
         self._entered = True
 
-    def _finish(self, error: BaseException | None) -> None:
-        outcome = self._verdict or _verdict(error)
+    def _become_current(self) -> None:
+        self._around = _current.get()
+        _current.set(self)
+
+    def _is_awaited(self, error: BaseException | None) -> bool:
+        return self.durable and (error is None or isinstance(error, Exception))
+
+    def _outcome(self, error: BaseException | None) -> tuple[dict[str, object], Kind]:
         data = _readable(self.data)
         if self._reason is not None:
             data["reason"] = self._reason
         if error is not None:
             data["exception"] = exception_data(error)
         begun = {k: v for k, v in self._entry.items() if k in _CARRIED}
+        return {**begun, "data": data}, self._verdict or _verdict(error)
+
+    def _finish(self, error: BaseException | None) -> None:
+        entry, outcome = self._outcome(error)
         try:
-            self._caller._submit({**begun, "data": data}, outcome)
+            self._caller._submit(entry, outcome)
         except Exception as lost:
             if error is None:
                 raise
@@ -128,6 +178,40 @@ class Operation:
 _CARRIED = frozenset({"action", "operation_id", "app", "user_id", "company_id", "service_id",
                       "client_ip", "remote_address", "forwarded_for", "type", "request_id",
                       "trace_id", "span_id"})  # fmt: skip
+
+_current: ContextVar[Operation | None] = ContextVar("audit_log_operation", default=None)
+
+
+class _Nobody:
+    """Whoever calls for an operation that is none."""
+
+    def _begin(self, entry: Mapping[str, object]) -> Receipt:
+        raise AuditEntryError("there is no operation here: write `with audit_log.operation(…):`")
+
+    async def _abegin(self, entry: Mapping[str, object]) -> Receipt:
+        return self._begin(entry)
+
+    def _end(self, entry: Mapping[str, object], kind: Kind) -> Receipt:
+        return self._begin(entry)
+
+    async def _aend(self, entry: Mapping[str, object], kind: Kind) -> Receipt:
+        return self._begin(entry)
+
+    def _submit(self, entry: Mapping[str, object], kind: Kind) -> None:
+        self._begin(entry)
+
+
+def current_operation() -> Operation:
+    """Return the operation that is under way in this task or thread.
+
+    Where none is (a request that is excluded from auditing, a test), it is one of which nothing is
+    recorded, with no receipt: code that adds to its data works all the same.
+    """
+    operation = _current.get()
+    if operation is None:
+        operation = Operation(_Nobody(), {})
+        operation._entered = True
+    return operation
 
 
 def _readable(data: Any) -> dict[str, Any]:

@@ -59,8 +59,10 @@ class Sessions:
         *,
         max_bytes: int | None,
         max_age: float | None,
+        timeout: float,
     ) -> None:
         self.sink = sink
+        self._timeout = timeout
         self.gap = Gap()
         self.exiting = False
         self._renderer = renderer
@@ -154,7 +156,7 @@ class Sessions:
                 self.end("max_bytes")
 
     def _write(self, batch: Sequence[Ticket]) -> None:
-        rest = batch
+        rest, end = batch, monotonic() + self._timeout
         while rest:
             receipts, refused = self._deliver([ticket.head for ticket in rest])
             for ticket, receipt in zip(rest, receipts):  # noqa: B905 - more than were delivered
@@ -163,6 +165,11 @@ class Sessions:
             if refused is not None:
                 self._refuse(rest[0], refused)
                 rest = rest[1:]
+                if refused.doubtful:
+                    self._over(refused.reason)
+                if rest and monotonic() >= end:
+                    raise SinkError("lines before it were refused until the time was over",
+                                    persisted="no")  # fmt: skip
 
     def _deliver(self, heads: list[Head]) -> Delivered:
         """Write heads to the open session, or to a new one if that is over."""

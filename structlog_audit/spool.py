@@ -193,7 +193,8 @@ class Spool:
         """Remove what a crash has left, and make sure that cursors can be written."""
         for name in self.state.names():
             if name.endswith(_TEMPORARY):
-                self.state.remove(name)
+                with contextlib.suppress(IsADirectoryError, PermissionError):
+                    self.state.remove(name)
         check = f"check{_TEMPORARY}"
         _durable.close(_durable.create(self.state.path, self.state.base, check))
         self.state.remove(check)
@@ -245,7 +246,7 @@ class Spool:
             if self._state is None:
                 return file
             with self._state.read(name + SUFFIX) as source:
-                cursor = parsed(source.read(2**16))
+                cursor = parsed(source.read(2**22))
         except FileNotFoundError:
             return file
         except OSError as error:

@@ -13,7 +13,7 @@ import structlog_audit
 ROWS = [
     "exceptions _version values context chain sinks.__init__ sinks._base sinks._durable",
     "entry alarm helper disk sinks._key sinks._exchange",
-    "formats",
+    "formats sinks._address",
     "call commit cursor sinks.file sinks.console sinks.http sinks.combine",
     "session processors operation sinks.seq spool",
     "handler logger bare_post",

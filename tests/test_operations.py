@@ -13,6 +13,7 @@ from doubles import BrokenSink, refusal
 from reading import recorded
 
 from structlog_audit import (
+    AuditEntryError,
     AuditHandler,
     AuditNotConfiguredError,
     AuditWriteError,
@@ -20,8 +21,9 @@ from structlog_audit import (
     audit_context,
     audit_log,
     audit_processors,
+    current_operation,
 )
-from structlog_audit.testing import MemorySink
+from structlog_audit.testing import FailingSink, MemorySink, capture_audit
 
 MakeHandler = Callable[..., AuditHandler]
 
@@ -285,3 +287,84 @@ def test_an_operation_whose_begin_fails_does_not_warn_as_well(make_handler: Make
 
     with pytest.raises(AuditWriteError), audit_log.operation(action="A"):
         raise AssertionError("the body ran")
+
+
+def test_the_operation_under_way_is_at_hand_in_threads_and_tasks() -> None:
+    """What a function deep inside learns goes into the outcome."""
+    with capture_audit() as entries:
+
+        def deep() -> None:
+            operation = current_operation()
+            operation.data["rows"] = 3
+            operation.bind(user_id="2780")
+            operation.action = "InvoiceErase"
+
+        async def body() -> None:
+            async with audit_log.operation(action="InvoiceDelete"):
+                await asyncio.to_thread(deep)
+
+        asyncio.run(body())
+
+    begin, outcome = entries
+    assert "userId" not in begin
+    assert begin["action"] == "InvoiceDelete"
+    assert (outcome["userId"], outcome["action"]) == ("2780", "InvoiceErase")
+    assert outcome["data"]["rows"] == 3
+
+
+def test_the_inner_operation_hides_the_outer_one() -> None:
+    """And no longer than it takes."""
+    with capture_audit():
+        with audit_log.operation(action="A") as outer:
+            with audit_log.operation(action="B") as inner:
+                assert current_operation() is inner
+            assert current_operation() is outer
+        assert current_operation().receipt is None
+
+
+def test_outside_of_an_operation_there_is_one_that_records_nothing() -> None:
+    """A function that adds to it works in a test, and on a route that is excluded."""
+    with capture_audit() as entries:
+        current_operation().data["rows"] = 3
+        current_operation().bind(user_id="2780")
+
+    assert entries == []
+
+
+def test_what_is_no_field_cannot_be_bound() -> None:
+    """It belongs into the data."""
+    with capture_audit(), audit_log.operation(action="A") as operation:
+        with pytest.raises(AuditEntryError, match="rows: no field"):
+            operation.bind(rows=3)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_outcome_that_shall_be_durable_is_waited_for(is_async: bool) -> None:
+    """Or the block raises."""
+    sink = FailingSink(lambda number: number > 1)
+
+    def body() -> None:
+        with audit_log.operation(action="A") as operation:
+            operation.durable = True
+
+    async def abody() -> None:
+        async with audit_log.operation(action="A") as operation:
+            operation.durable = True
+
+    with capture_audit(sink), pytest.raises(AuditWriteError):
+        asyncio.run(abody()) if is_async else body()
+
+
+def test_an_outcome_that_cannot_be_durable_comes_from_the_bodys_own_exception() -> None:
+    """Both are told."""
+    sink = FailingSink(lambda number: number > 1)
+
+    def body() -> None:
+        with audit_log.operation(action="A") as operation:
+            operation.durable = True
+            raise KeyError("k")
+
+    with capture_audit(sink), pytest.raises(AuditWriteError) as caught:
+        body()
+
+    assert isinstance(caught.value.__context__, KeyError)

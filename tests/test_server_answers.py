@@ -92,7 +92,7 @@ def test_what_may_work_the_next_time_is_sent_again(case: str, make_handler: Make
         assert identities(server.requests[-1:]) == [(receipt.session, 1), (receipt.session, 2)]
         assert len({request.body for request in server.requests}) == 1
         keys = {request.headers["idempotency-key"] for request in server.requests}
-        assert keys == {f"{receipt.session}-1-2"}
+        assert keys == {f"{receipt.session}-1-2-{receipt.hash[:16]}"}
 
 
 FINAL: dict[str, tuple[Step, str, str]] = {

@@ -9,13 +9,12 @@ Only this module imports `requests`, and only `http` imports this one, when a UR
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse, parse_headers
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -50,11 +49,15 @@ _HEADERS = {"User-Agent": f"structlog-audit/{__version__}", "Accept": "applicati
 
 
 class Answer(NamedTuple):
-    """What a server answered; a body that is longer than `MAX_ANSWER` is cut there."""
+    """What a server answered; a body that is longer than `MAX_ANSWER` is cut there.
+
+    `asked` tells whether it had the whole request: it may answer, and close, before that.
+    """
 
     status: int
     headers: Mapping[str, str]
     body: bytes
+    asked: bool
 
 
 class NoAnswer(Exception):
@@ -80,6 +83,7 @@ class Exchange:
     def __init__(self) -> None:
         self.end = 0.0
         self.sent = False
+        self.asked = True
         self.connected = False
         self.on_wait: Callable[[], None] | None = None
 
@@ -87,6 +91,7 @@ class Exchange:
         """Begin an exchange that ends at `end`, on the monotonic clock."""
         self.end, self.on_wait = end, on_wait
         self.sent = self.connected = False
+        self.asked = True
 
     def left(self) -> float:
         """Return the seconds that are left.
@@ -123,6 +128,10 @@ class _Socket(socket.socket):
 class _TLSSocket(ssl.SSLSocket):
     exchange: Exchange
 
+    def do_handshake(self, block: bool = False) -> None:
+        self.settimeout(self.exchange.left())
+        super().do_handshake(block)
+
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
         self.exchange.wait()
         self.settimeout(self.exchange.left())
@@ -156,9 +165,23 @@ def _connect(exchange: Exchange, host: str, port: int, options: Any) -> socket.s
     raise problem
 
 
+class _Final(HTTPResponse):
+    """The answer itself: what a server says before it (RFC 9110, 15.2) is read over."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        version, status, reason = super()._read_status()  # type: ignore[misc]
+        while 101 < status < 200:
+            parse_headers(self.fp)
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+        return version, status, reason
+
+
 class _InOnePiece:
     """A connection that sends head and body of a request in one piece: one call, one packet."""
 
+    exchange: Exchange
+    debuglevel = 0  # or http.client prints the key where somebody debugs another connection
+    response_class: Any = _Final
     _pieces: list[bytes] | None = None  # of a request; a proxy is asked for a tunnel outside of one
 
     def request(self, *args: Any, **kwargs: Any) -> None:
@@ -177,9 +200,20 @@ class _InOnePiece:
 
     def getresponse(self) -> Any:
         pieces, self._pieces = self._pieces or [], None
-        with contextlib.suppress(BrokenPipeError):  # it may have said why before it closed
+        try:
             super().send(b"".join(pieces))  # type: ignore[misc]
+        except BrokenPipeError:  # it may have said why before it closed
+            self.exchange.asked = False
         return super().getresponse()  # type: ignore[misc]
+
+    def _tunnel(self) -> None:
+        """Ask a proxy for a tunnel; that sends nothing to the server, and no answer is its."""
+        exchange = self.exchange
+        on_wait, exchange.on_wait = exchange.on_wait, None
+        try:
+            super()._tunnel()  # type: ignore[misc]
+        finally:
+            exchange.on_wait, exchange.sent = on_wait, False
 
 
 def _pools(exchange: Exchange) -> dict[str, Any]:
@@ -192,6 +226,14 @@ def _pools(exchange: Exchange) -> dict[str, Any]:
     class TLS(_InOnePiece, HTTPSConnection):
         def _new_conn(self) -> socket.socket:
             return _new(self, exchange)
+
+        @property
+        def is_connected(self) -> bool:
+            """Whether it can be used again: not if it has more to say than it was asked."""
+            pending = getattr(self.sock, "pending", None)
+            return super().is_connected and (pending is None or not pending())
+
+    Plain.exchange = TLS.exchange = exchange
 
     class PlainPool(HTTPConnectionPool):
         ConnectionCls = Plain  # pyright: ignore[reportAssignmentType]
@@ -217,12 +259,20 @@ class _Adapter(HTTPAdapter):
         super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        bound = type("_Bound", (_TLSSocket,), {"exchange": self._exchange})
+        super().init_poolmanager(*args, **kwargs, ssl_context=self._context())
+        self.poolmanager.pool_classes_by_scheme = _pools(self._exchange)
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        if proxy not in self.proxy_manager:
+            manager = super().proxy_manager_for(proxy, **kwargs, ssl_context=self._context())
+            manager.pool_classes_by_scheme = _pools(self._exchange)
+        return self.proxy_manager[proxy]
+
+    def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.sslsocket_class = bound
-        super().init_poolmanager(*args, **kwargs, ssl_context=context)
-        self.poolmanager.pool_classes_by_scheme = _pools(self._exchange)
+        context.sslsocket_class = type("_Bound", (_TLSSocket,), {"exchange": self._exchange})
+        return context
 
 
 class Client:
@@ -233,6 +283,9 @@ class Client:
         ca: file with the certificates to trust; None for those of certifi.
         certificate: file with our own certificate, and file with its key.
         environment_proxies: use the proxies that the environment names.
+
+    Raises:
+        ValueError: there is no talking to the URL in this way.
     """
 
     def __init__(
@@ -250,7 +303,13 @@ class Client:
         self._certificate = certificate
         self._proxies = dict(get_environ_proxies(url)) if environment_proxies else {}
         self._used = False
-        self._page = self._prepared(url)
+        try:
+            self._page = self._prepared(url)
+        except (requests.RequestException, HTTPError, OSError) as error:
+            reason = str(error) if type(error) is OSError else type(error).__name__
+        else:
+            return
+        raise ValueError(reason)
 
     def post(
         self,
@@ -328,7 +387,8 @@ class Client:
             whole = response.closed or response.isclosed()
             (response.release_conn if whole else response.close)()
         self._used = True
-        return Answer(response.status, response.headers, found[:MAX_ANSWER])
+        asked = self._exchange.asked
+        return Answer(response.status, response.headers, found[:MAX_ANSWER], asked)
 
     def close(self) -> None:
         """Close the connection; in a forked child, the parent's stays open."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 
 from structlog_audit.exceptions import AuditConfigurationError, SinkError
 
@@ -48,8 +49,7 @@ class Key:
             stats = os.stat(self._file)
             now = (stats.st_mtime_ns, stats.st_ino)
             if now != self._known:
-                with open(self._file, encoding="utf-8", errors="replace") as file:
-                    self._text = _checked(file.read(10_000).strip(), f"the key in {self._file}")
+                self._text = _checked(_content(self._file), f"the key in {self._file}")
                 self._known = now
         except OSError as error:
             problem = f"the key in {self._file} cannot be read: {error.strerror}"
@@ -58,6 +58,17 @@ class Key:
         else:
             return self._text
         raise SinkError(problem, persisted="no")
+
+
+def _content(path: str) -> str:
+    """Read a file, and wait for no writer of a FIFO."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise AuditConfigurationError(f"{path}, which shall hold the key, is no regular file")
+        return os.read(descriptor, 10_000).decode("utf-8", "replace").strip()
+    finally:
+        os.close(descriptor)
 
 
 def _checked(text: str, what: str) -> str:

@@ -130,6 +130,7 @@ class FirstOf:
         self._last = 0  # where entries went last; at the beginning they belong to the first
         self._why = ""
         self._tried: set[int] = set()  # and failed, since something was confirmed
+        self._doubt = False  # whether one of these may have stored the lines
 
     def __repr__(self) -> str:
         return f"FirstOf({', '.join(map(repr, self.sinks))})"
@@ -180,7 +181,7 @@ class FirstOf:
                 self._current = number
                 self._tell_of(number)
                 return
-        self._tried.clear()
+        self._forget()
         raise _all_failed(problems)
 
     def write(self, lines: Sequence[bytes]) -> None:
@@ -204,12 +205,17 @@ class FirstOf:
         except SinkError as error:
             self._failed(current, error)
             if len(self._tried) == len(self.sinks):
-                self._tried.clear()
+                if self._doubt:
+                    error.persisted = "unknown"
+                self._forget()
                 raise
             failed = f"{error.reason}; the next sink takes over"
+        except BaseException:  # who comes next begins anew
+            self._forget()
+            raise
         else:
             self._rest[current].reset()
-            self._tried.clear()
+            self._forget()
             return
         raise SessionOver(failed)
 
@@ -229,7 +235,12 @@ class FirstOf:
     def _failed(self, number: int, error: SinkError) -> None:
         self._rest[number].begin()
         self._tried.add(number)
+        self._doubt = self._doubt or error.persisted == "unknown"
         self._why = error.reason.removeprefix(f"{self.sinks[number]!r}: ")
+
+    def _forget(self) -> None:
+        self._tried.clear()
+        self._doubt = False
 
     def _tell_of(self, number: int) -> None:
         """Log that entries go elsewhere now, which no caller notices."""
@@ -247,7 +258,7 @@ class FirstOf:
     def _is_back(self, current: int) -> bool:
         """Ask the sinks before this one whether they work again, if it is time to."""
         for number in range(current):
-            if not self._rest[number].resting:
+            if number not in self._tried and not self._rest[number].resting:
                 try:
                     _check(self.sinks[number])
                 except SinkError:

@@ -13,17 +13,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import os
 import random
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing, suppress
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import SplitResult, urlsplit
 
-from structlog_audit.chain import identity
+from structlog_audit.chain import identity, line_hash
 from structlog_audit.exceptions import (
     AuditConfigurationError,
     LineRefused,
@@ -31,12 +29,21 @@ from structlog_audit.exceptions import (
     SinkError,
 )
 from structlog_audit.formats import clef, otlp, rejected
+from structlog_audit.sinks._address import (
+    check_certificates,
+    checked_file,
+    checked_headers,
+    checked_url,
+    shown,
+)
 from structlog_audit.sinks._key import Key
 
 if TYPE_CHECKING:
     from structlog_audit.sinks._exchange import Answer, Client
 
 Format = Literal["ndjson", "clef", "otlp"]
+Problem = tuple[str, str | None]
+"""What is wrong, and what to do."""
 
 CONTENT_TYPES: dict[str, str] = {
     "ndjson": "application/x-ndjson",
@@ -79,7 +86,8 @@ class HttpSink:
         api_key_file: file that holds it; it is read again when it changes.
         confirm: status codes that confirm. With 409 among them, such an answer counts only if its
             body names session and sequence of the last line.
-        accept: looks at the body of a confirming answer; returns what is wrong with it, or None.
+        accept: looks at the body of a confirming answer; returns what is wrong with it, or None. It
+            must be quick: its time is not bounded.
         timeout: longest duration of a call in seconds, repetitions included.
         ca: file with the certificates to trust instead of the usual ones.
         client_cert: file with our own certificate.
@@ -88,7 +96,7 @@ class HttpSink:
             everything.
         environment_proxies: use the proxies that the environment names.
         compress: send with gzip; the server has to take that (`Content-Encoding`).
-        health: path or URL of a page that answers 2xx when the server works; None to only connect.
+        health: URL of a page that answers 2xx when the server works; None to only connect.
         max_event_bytes: longest line that the server takes.
         max_payload_bytes: longest request that it takes.
 
@@ -119,13 +127,23 @@ class HttpSink:
         max_event_bytes: int = MAX_EVENT_BYTES,
         max_payload_bytes: int = MAX_PAYLOAD_BYTES,
     ) -> None:
-        self.url = _checked_url(url, allow_insecure=allow_insecure)
-        if format not in CONTENT_TYPES:
+        self.url = checked_url(url, allow_insecure=allow_insecure)
+        if health is not None:
+            checked_url(health, allow_insecure=allow_insecure)
+        if not isinstance(format, str) or format not in CONTENT_TYPES:
             raise AuditConfigurationError(
                 f"a format is one of {', '.join(CONTENT_TYPES)}, not {format!r}"
             )
         if not isinstance(timeout, (int, float)) or not 0 < timeout <= 86_400:
             raise AuditConfigurationError("timeout must be a number of seconds above zero")
+        if not isinstance(confirm, Collection) or not all(type(code) is int for code in confirm):
+            raise AuditConfigurationError("confirm is a list of status codes, such as [200]")
+        if not confirm:
+            raise AuditConfigurationError("confirm is empty: nothing would ever be confirmed")
+        if accept is not None and not callable(accept):
+            raise AuditConfigurationError("accept must be callable: it is given the answer's body")
+        if min(max_event_bytes, max_payload_bytes) < 1:
+            raise AuditConfigurationError("max_event_bytes and max_payload_bytes are above zero")
         self.format: Format = format
         self.allow_insecure = allow_insecure
         self.timeout = timeout
@@ -133,13 +151,13 @@ class HttpSink:
         self._key = Key(api_key, api_key_file)
         encoding = {"Content-Encoding": "gzip"} if compress else {}
         self._headers = {
-            "Content-Type": CONTENT_TYPES[format], **encoding, **_checked_headers(headers or {})
+            "Content-Type": CONTENT_TYPES[format], **encoding, **checked_headers(headers or {})
         }  # fmt: skip
         self._compress = compress
         self.confirm = frozenset(confirm)
         self._accept = accept
         self.files = {
-            name: None if path is None else _checked_file(name, path)
+            name: None if path is None else checked_file(name, path)
             for name, path in (("ca", ca), ("client_cert", client_cert), ("client_key", client_key))
         }
         self._environment_proxies = environment_proxies
@@ -147,14 +165,16 @@ class HttpSink:
         self._max_event_bytes = max_event_bytes
         self._max_payload_bytes = max_payload_bytes
         self._asks = format == "otlp"  # a request without entries is known to be taken
+        self._whole = False  # a server that refuses a request may have stored a part of it
         self._client: Client | None = None
         self._pages = [self.url]
-        _check_certificates(self.files)
+        self._older = False
+        check_certificates(self.files)
         if format == "otlp":
             otlp(())  # needs the extra
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({_shown(self.url)!r})"
+        return f"{type(self).__name__}({shown(self.url)!r})"
 
     def check(self) -> None:
         """Ask whether the server is there, and where that is known to be harmless, whether it lets
@@ -172,22 +192,28 @@ class HttpSink:
             )
         except NoAnswer as error:
             problem = f"it cannot be reached: {error.reason}", _hint_for(error.reason)
-        finally:
-            self.close()  # a child that is forked later must not have it
         if problem is not None:
             raise SinkError(f"{self!r}: {problem[0]}", persisted="no", hint=problem[1])
 
-    def _health_problem(self, end: float) -> tuple[str, str | None] | None:
-        status = self._connected().get(self._health or self.url, end).status
+    def _health_problem(self, end: float) -> Problem | None:
+        with closing(self._new_client(self.page)) as client:
+            status = client.get(self._health or self.url, end).status
         if self._health is None or status < 300:
             return None
-        return f"its health page {_shown(self._health)} answers {status}", _HINTS.get(status)
+        return f"its health page {shown(self._health)} answers {status}", _HINTS.get(status)
 
-    def _entry_problem(self, end: float) -> tuple[str, str | None] | None:
-        answer = self._connected().post(b"", {**self._headers, **self._proof()}, end)
+    def _entry_problem(self, end: float) -> Problem | None:
+        problem: Problem | None = None
+        for page in self._pages:
+            with closing(self._new_client(page)) as client:
+                answer = client.post(b"", {**self._headers, **self._proof()}, end)
+            problem = self._problem_of(answer)
+            if answer.status != 404:
+                break
+        return problem
+
+    def _problem_of(self, answer: Answer) -> Problem | None:
         status = answer.status
-        if status == 404 and self._next_page():
-            return self._entry_problem(end)
         if status in self.confirm:
             problem = self._verdict(answer, ())
             return None if problem is None else (problem, None)
@@ -205,18 +231,23 @@ class HttpSink:
             LineRefused: it refuses one of them.
             SinkError: it did not confirm them.
         """
-        end = time.monotonic() + self.timeout
+        attempt = _Attempt(time.monotonic() + self.timeout)
         events = self._events(lines)
         start = 0
-        for size in self._portions(events):
-            try:
-                self._deliver(lines[start : start + size], events[start : start + size], end)
-            except LineRefused as refused:
-                refused.delivered += start
-                raise
-            start += size
-        if start < len(lines):
-            raise self._too_long(start, len(events[start]))
+        try:
+            for size in self._portions(events):
+                end = start + size
+                self._deliver(lines[start:end], events[start:end], attempt)
+                start = end
+            if start < len(events):
+                raise self._too_long(len(events[start]))
+            if start < len(lines):
+                raise LineRefused(_NO_LINE, delivered=0)
+        except SinkError as error:
+            error.delivered += start
+            if error.delivered and not isinstance(error, LineRefused):
+                error.persisted = "unknown"
+            raise
 
     def close(self) -> None:
         """Close the connection."""
@@ -227,7 +258,14 @@ class HttpSink:
     @property
     def page(self) -> str:
         """The URL of the page to which lines are posted."""
-        return self._pages[0]
+        return self._pages[self._older]
+
+    @property
+    def target(self) -> str:
+        """Where lines go, in full and without what is secret: for the forwarder's cursors."""
+        query = self.url.partition("?")[2]
+        mark = f" ?{sha256(query.encode()).hexdigest()[:12]}" if query else ""
+        return f"{self!r}{mark}" if self._asks else f"{self!r}{mark} {self.format}"
 
     def request(self, lines: Sequence[bytes]) -> tuple[dict[str, str], bytes]:
         """Return headers (with the key) and body of the request that would post lines."""
@@ -235,7 +273,8 @@ class HttpSink:
 
     def _all_headers(self, lines: Sequence[bytes]) -> dict[str, str]:
         session, first = identity(lines[0])
-        of_these = f"{session}-{first}-{identity(lines[-1])[1]}"
+        last = lines[-1]  # its hash covers all before it: other bytes have another key
+        of_these = f"{session}-{first}-{identity(last)[1]}-{line_hash(last[:-1])[:16]}"
         return {**self._headers, "Idempotency-Key": of_these, **self._proof()}
 
     def _proof(self) -> dict[str, str]:
@@ -251,16 +290,23 @@ class HttpSink:
             body = gzip.compress(body, mtime=0)  # a repetition has the same bytes
         return body
 
-    def _next_page(self) -> bool:
-        """Turn to the page of older servers, if there is one."""
+    def _other_page(self) -> bool:
+        """Turn to the page of older servers, or back; tell whether that was worth a try."""
         if len(self._pages) < 2:
             return False
-        del self._pages[0]
         self.close()
-        return True
+        older, self._older = self._older, not self._older
+        return not older
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_client": None, "on_sent": None}
+
+    def _rejects(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
+        """Return why a confirming answer refuses the only line, or None."""
+        if self.format == "otlp" and len(lines) == 1 and answer.status != 409:
+            with suppress(ValueError):
+                return "the server rejects the record" if rejected(answer.body) else None
+        return None
 
     def _verdict(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
         """Return why an answer confirms nothing, or None if it confirms."""
@@ -272,17 +318,33 @@ class HttpSink:
 
     def _connected(self) -> Client:
         if self._client is None:
-            from structlog_audit.sinks._exchange import Client
-
-            cert, key = self.files["client_cert"], self.files["client_key"]
-            self._client = Client(
-                self._pages[0], ca=self.files["ca"], environment_proxies=self._environment_proxies,
-                certificate=None if cert is None else (cert, key or cert),
-            )  # fmt: skip
+            self._client = self._new_client(self.page)
         return self._client
 
+    def _new_client(self, page: str) -> Client:
+        from structlog_audit.sinks._exchange import Client
+
+        cert, key = self.files["client_cert"], self.files["client_key"]
+        try:
+            return Client(
+                page, ca=self.files["ca"], environment_proxies=self._environment_proxies,
+                certificate=None if cert is None else (cert, key or cert),
+            )  # fmt: skip
+        except ValueError as error:
+            reason = f"{self!r} cannot be used as it is configured: {error}"
+        raise SinkError(reason, persisted="no", hint="check the URL and the files")
+
     def _events(self, lines: Sequence[bytes]) -> Sequence[bytes]:
-        return [clef(line) + b"\n" for line in lines] if self.format == "clef" else lines
+        """Return what stands for each line in a request; up to one that is none of ours."""
+        if self.format != "clef":
+            return lines
+        events = []
+        for line in lines:
+            try:
+                events.append(clef(line) + b"\n")
+            except ValueError:
+                break
+        return events
 
     def _portions(self, events: Sequence[bytes]) -> list[int]:
         """Return how many events go into each request; ends before one that is too long."""
@@ -297,28 +359,35 @@ class HttpSink:
             count, size = count + 1, size + len(event)
         return [*portions, count] if count else portions
 
-    def _too_long(self, delivered: int, size: int) -> LineRefused:
+    def _too_long(self, size: int) -> LineRefused:
         return LineRefused(
             f"the entry takes {size:,} bytes, and {self!r} no more than {self._max_event_bytes:,}",
-            delivered=delivered, hint="lower max_entry_bytes, and big values are cut to fit",
+            delivered=0, hint="lower max_entry_bytes, and big values are cut to fit",
         )  # fmt: skip
 
-    def _deliver(self, lines: Sequence[bytes], events: Sequence[bytes], end: float) -> None:
+    def _deliver(self, lines: Sequence[bytes], events: Sequence[bytes], attempt: _Attempt) -> None:
         """Post events; in halves if the server refuses them for what is in them."""
-        refused = self._post(lines, events, end)
+        refused = self._post(lines, events, attempt)
         if refused is None:
             return
         if len(events) == 1:
-            raise LineRefused(refused, delivered=0, hint="a repeat will not help: see its log")
+            raise LineRefused(
+                refused, delivered=0, doubtful=attempt.doubt,
+                hint="a repeat will not help: see its log",
+            )  # fmt: skip
+        if not self._whole:
+            attempt.doubt = True
         half = len(events) // 2
-        self._deliver(lines[:half], events[:half], end)
+        self._deliver(lines[:half], events[:half], attempt)
         try:
-            self._deliver(lines[half:], events[half:], end)
-        except LineRefused as error:
+            self._deliver(lines[half:], events[half:], attempt)
+        except SinkError as error:
             error.delivered += half
             raise
 
-    def _post(self, lines: Sequence[bytes], events: Sequence[bytes], end: float) -> str | None:
+    def _post(
+        self, lines: Sequence[bytes], events: Sequence[bytes], attempt: _Attempt
+    ) -> str | None:
         """Post events, again and again while it may help.
 
         Returns:
@@ -327,7 +396,29 @@ class HttpSink:
         Raises:
             SinkError: they are not confirmed.
         """
-        return _Delivery(self, lines, self._body(lines, events), end).run()
+        try:
+            headers, body = self._all_headers(lines), self._body(lines, events)
+        except ValueError:
+            return _NO_LINE
+        except SinkError as error:
+            raise SinkError(f"{self!r}: {error.reason}", persisted="no") from None
+        return _Delivery(self, lines, headers, body, attempt).run()
+
+
+_NO_LINE = "it is no line that an AuditHandler writes"
+
+
+class _Attempt:
+    """What is known of one call of `write`.
+
+    Attributes:
+        end: when to give up, on the monotonic clock.
+        doubt: whether lines may be stored that nobody confirmed.
+    """
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+        self.doubt = False
 
 
 class _Again(Exception):
@@ -342,11 +433,20 @@ class _Again(Exception):
 class _Delivery:
     """One request, and its repetitions."""
 
-    def __init__(self, sink: HttpSink, lines: Sequence[bytes], body: bytes, end: float) -> None:
+    def __init__(
+        self,
+        sink: HttpSink,
+        lines: Sequence[bytes],
+        headers: Mapping[str, str],
+        body: bytes,
+        attempt: _Attempt,
+    ) -> None:
         self._sink = sink
         self._lines = lines
+        self._headers = headers
         self._body = body
-        self._end = end
+        self._of = attempt
+        self._end = attempt.end
         self._fate: Persisted = "no"
         self._doubt: str | None = None  # why it is not known, when it was not the first time
 
@@ -395,41 +495,55 @@ class _Delivery:
         from structlog_audit.sinks._exchange import NoAnswer
 
         sink = self._sink
-        headers = sink._all_headers(self._lines)
         try:
-            answer = sink._connected().post(self._body, headers, self._end, sink.on_sent)
+            answer = sink._connected().post(self._body, self._headers, self._end, sink.on_sent)
         except NoAnswer as error:
             missing = error
         else:
             return self._weigh(answer)
         if missing.sent:
-            self._fate, self._doubt = "unknown", self._doubt or missing.reason
+            self._doubtful(missing.reason)
         if missing.untrusted:
             raise self._failure(missing.reason)
         raise _Again(missing.reason, pause=0.0 if missing.stale else None)
 
+    def _doubtful(self, why: str) -> None:
+        """Take note that the lines may be stored, and that nobody confirmed it."""
+        self._fate, self._doubt = "unknown", self._doubt or why
+        self._of.doubt = True
+
     def _weigh(self, answer: Answer) -> str | None:
         status = answer.status
+        problem = f"the server answers {status}"
         if status in self._sink.confirm:
-            problem = self._sink._verdict(answer, self._lines)
-            if problem is None:
-                return None
-            self._fate = "unknown"
-            raise self._failure(problem)
+            return self._weigh_confirmation(answer)
         if status in _REFUSED:
             return f"the server refuses the entry with {status}"
         if status not in _NOT_STORED:
-            self._fate = "unknown"
-        problem = f"the server answers {status}"
+            self._doubtful(problem)
         if 200 <= status < 300:
             problem += ", which confirms nothing"
-        if status == 404 and self._sink._next_page():
+        if status == 404 and self._sink._other_page():
             raise _Again(problem, pause=0.0)
         if status in _BUSY:
             raise _Again(problem, pause=_retry_after(answer.headers))
         if 300 <= status < 400:
             problem = f"{problem}, a redirect, which is not followed"
         raise self._failure(problem, _HINTS.get(status))
+
+    def _weigh_confirmation(self, answer: Answer) -> str | None:
+        if not answer.asked:
+            problem = f"the server answers {answer.status} to a part of the request"
+            self._doubtful(problem)
+            raise _Again(problem)
+        refused = self._sink._rejects(answer, self._lines)
+        if refused is not None:
+            return refused
+        wrong = self._sink._verdict(answer, self._lines)
+        if wrong is None:
+            return None
+        self._doubtful(wrong)
+        raise self._failure(wrong)
 
     def _failure(self, problem: str, hint: str | None = None) -> SinkError:
         return SinkError(
@@ -449,14 +563,14 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds of a `Retry-After`, which may be a date (RFC 9110, 10.2.3)."""
     text = headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
-        return float(text[:9])
+        return max(FIRST_PAUSE, float(text[:9]))
     import email.utils  # slow to import, and rarely needed
 
     try:
-        when = email.utils.parsedate_to_datetime(text)
-    except (TypeError, ValueError):
+        when = email.utils.parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, OverflowError):
         return None
-    return max(0.0, when.timestamp() - time.time())
+    return max(FIRST_PAUSE, when - time.time())
 
 
 def _names(body: bytes, line: bytes) -> bool:
@@ -496,87 +610,3 @@ _WORDS = {
 
 def _hint_for(problem: str) -> str | None:
     return next((hint for words, hint in _WORDS.items() if words in problem), None)
-
-
-def _checked_url(url: str, *, allow_insecure: bool) -> str:
-    parts = _parted(url)
-    if parts.username is not None or parts.fragment or "apikey" in parts.query.lower():
-        raise AuditConfigurationError(
-            "the URL of an audit server carries a key or a password, which would end up in logs",
-            hint="give it as api_key=, AUDIT_SERVER_API_KEY or AUDIT_SERVER_API_KEY_FILE",
-        )
-    if parts.scheme == "http" and not allow_insecure and not _is_this_machine(parts.hostname or ""):
-        raise AuditConfigurationError(
-            f"{_shown(url)} is not encrypted: whoever is in between reads and changes entries",
-            hint="use https; where that cannot be had, allow_insecure=True or "
-            "AUDIT_SERVER_ALLOW_INSECURE=1 accepts it",
-        )
-    return url
-
-
-def _parted(url: str) -> SplitResult:
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        if usable and not re.search(r"[\s\x00-\x1f]", url):
-            return parts
-    raise AuditConfigurationError(
-        "the URL of an audit server looks like https://logs.example.com or "
-        "https://logs.example.com:8443/seq"
-    )
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _shown(url: str) -> str:
-    """Return a URL without its query, which may hold what is nobody's business."""
-    return url.partition("?")[0]
-
-
-def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    for name, value in headers.items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not isinstance(value, str):
-            raise AuditConfigurationError("a header is a name and a text")
-        if not re.fullmatch(r"[\x20-\x7e]*", value):
-            raise AuditConfigurationError(f"the header {name} has characters that none may have")
-    return dict(headers)
-
-
-def _check_certificates(files: Mapping[str, str | None]) -> None:
-    """Read them now: a mistake in them would otherwise look like one of the server's."""
-    if files["client_key"] is not None and files["client_cert"] is None:
-        raise AuditConfigurationError("client_key is the key of a client_cert, and none is given")
-    ca, certificate = files["ca"], files["client_cert"]
-    if ca is None and certificate is None:
-        return
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    try:
-        if ca is not None:
-            context.load_verify_locations(ca)
-    except (ssl.SSLError, OSError) as error:
-        raise AuditConfigurationError(
-            f"ca: {ca} has no certificate that can be read", hint="it must be in PEM format"
-        ) from error
-    try:
-        if certificate is not None:
-            context.load_cert_chain(certificate, files["client_key"], password="")
-    except (ssl.SSLError, OSError) as error:
-        raise AuditConfigurationError(
-            f"client_cert: {certificate} and its key do not go together, or cannot be read",
-            hint="both in PEM format; a key in a file of its own is named by client_key= or "
-            "AUDIT_SERVER_CLIENT_KEY, and must not have a password",
-        ) from error
-
-
-def _checked_file(name: str, path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
-    if not os.access(text, os.R_OK) or os.path.isdir(text):
-        raise AuditConfigurationError(f"{name}: {text} is no file that can be read")
-    return text

@@ -64,7 +64,7 @@ class SeqSink(HttpSink):
         self.url = base = self.url.partition("?")[0].rstrip("/")
         self._pages = [base + page for page in PAGES]
         self._health = f"{base}/health"
-        self._asks = True
+        self._asks = self._whole = True
 
     def _verdict(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
         try:
