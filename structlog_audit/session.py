@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
+from structlog_audit import exclusions
 from structlog_audit._version import FORMAT, __version__
 from structlog_audit.alarm import Alarm, Gap
 from structlog_audit.chain import line_hash, link
@@ -72,6 +73,7 @@ class Sessions:
         self._reopen = False
         self._follows: dict[str, object] | None = None
         self._session = ""
+        self._exclusions: str | None = None
         self._acknowledged: Receipt | None = None
         self._bytes = 0
         self._born = 0.0
@@ -148,6 +150,8 @@ class Sessions:
             self.end("reopen")
         elif self.gap.since is not None:
             self.end("calls failed")
+        elif self._exclusions != exclusions.digest():
+            self.end("exclusions changed")
         elif self._max_age is not None and monotonic() - self._born >= self._max_age:
             self.end("max_age")
         elif self._max_bytes is not None:
@@ -188,6 +192,7 @@ class Sessions:
 
     def _begin(self, heads: list[Head]) -> Delivered:
         self._session = new_session_id()
+        self._exclusions = exclusions.digest()
         gap = self.gap.data()
         # not later than its first entry; but what tells of a gap is not earlier than that
         time = heads[0].time if gap is None else None
@@ -229,6 +234,8 @@ class Sessions:
 
     def _begin_data(self, gap: dict[str, object] | None) -> dict[str, object]:
         data: dict[str, object] = {"format": FORMAT, "library": f"structlog-audit {__version__}"}
+        if self._exclusions is not None:
+            data["exclusions"] = self._exclusions
         if self._follows is not None:
             data["follows"] = self._follows
         if gap is not None:

@@ -18,6 +18,7 @@ from structlog_audit import (
     FileSink,
     _pytest,
     clear_audit_context,
+    exclusions,
     settings,
 )
 
@@ -53,6 +54,7 @@ def _forget_context() -> None:
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
     clear_audit_context()
+    exclusions._in_force = exclusions._InForce()
 
 
 @pytest.fixture

@@ -11,13 +11,16 @@ from running import run_well
 import structlog_audit
 
 ROWS = [
-    "exceptions _version values context chain sinks.__init__ sinks._base sinks._durable",
-    "entry alarm helper disk sinks._key sinks._exchange",
+    "exceptions _version values context chain sinks.__init__ sinks._base sinks._durable "
+    "web.__init__",
+    "entry alarm helper disk exclusions sinks._key sinks._exchange web._client",
     "formats sinks._address",
     "call commit cursor sinks.file sinks.console sinks.http sinks.combine",
     "session processors operation sinks.seq spool",
     "handler logger bare_post",
-    "settings testing forward",
+    "settings testing forward web._request",
+    "web._routes",
+    "web.asgi",
     "doctor demo bench _pytest",
     "cli",
     "__init__ __main__",
