@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from structlog_audit import exclusions
-from structlog_audit.context import audit_context
+from structlog_audit.context import UNSET, Field, audit_context
 from structlog_audit.exceptions import AuditConfigurationError, AuditError
 from structlog_audit.exclusions import EXEMPT, Exclude
 from structlog_audit.logger import audit_log
@@ -151,13 +151,13 @@ class Auditing:
         client = self._client(request.peer, headers)
         trace, span = _trace(headers)
         return audit_context(
-            client_ip=client.client_ip,
-            remote_address=client.remote_address,
-            forwarded_for=client.forwarded_for,
+            client_ip=_or_unset(client.client_ip),
+            remote_address=_or_unset(client.remote_address),
+            forwarded_for=_or_unset(client.forwarded_for),
             type=request.type,
             request_id=_request_id(headers),
-            trace_id=trace,
-            span_id=span,
+            trace_id=_or_unset(trace),
+            span_id=_or_unset(span),
         )
 
     def excludes(self, request: Request) -> bool:
@@ -233,6 +233,10 @@ class Auditing:
 def refused(error: AuditError, operation: Operation) -> None:
     """Log that a request was refused because it could not be recorded."""
     _log.error("a request was refused: its Begin could not be recorded: %s", error)
+
+
+def _or_unset(text: str | None) -> Field:
+    return UNSET if text is None else text
 
 
 def _request_id(headers: Iterable[tuple[str, str]]) -> str:
