@@ -59,6 +59,7 @@ class Floor(Protocol):
 
     def write(self, line: bytes) -> tuple[int, int]:
         """Take a line; return the nanoseconds of handing it over, and of the confirmation."""
+        ...
 
 
 @dataclass(slots=True)

@@ -160,9 +160,14 @@ class Sessions:
                 self.end("max_bytes")
 
     def _write(self, batch: Sequence[Ticket]) -> None:
-        rest, end = batch, monotonic() + self._timeout
+        rest, end, doubt = batch, monotonic() + self._timeout, False
         while rest:
-            receipts, refused = self._deliver([ticket.head for ticket in rest])
+            try:
+                receipts, refused = self._deliver([ticket.head for ticket in rest])
+            except SinkError as error:
+                if doubt:  # they may be stored under the numbers that they had before
+                    error.persisted = "unknown"
+                raise
             for ticket, receipt in zip(rest, receipts):  # noqa: B905 - more than were delivered
                 ticket.receipt = receipt
             rest = rest[len(receipts) :]
@@ -170,10 +175,11 @@ class Sessions:
                 self._refuse(rest[0], refused)
                 rest = rest[1:]
                 if refused.doubtful:
+                    doubt = True
                     self._over(refused.reason)
                 if rest and monotonic() >= end:
                     raise SinkError("lines before it were refused until the time was over",
-                                    persisted="no")  # fmt: skip
+                                    persisted="unknown" if doubt else "no")  # fmt: skip
 
     def _deliver(self, heads: list[Head]) -> Delivered:
         """Write heads to the open session, or to a new one if that is over."""
@@ -207,7 +213,8 @@ class Sessions:
         self._born = monotonic()
         receipts, refused = self._send([begin, *heads])
         if refused is not None and not receipts:
-            raise SinkError(f"the session's own line: {refused.reason}", persisted="no")
+            raise SinkError(f"the session's own line: {refused.reason}",
+                            persisted=refused.persisted)  # fmt: skip
         self._follows = None
         self.gap.settle(gap)
         return receipts[1:], refused

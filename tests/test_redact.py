@@ -192,7 +192,8 @@ def test_value_patterns_are_removed_from_texts(log: Log) -> None:
             data={"note": ["no 4111111111111111!"]}, exc_info=error,
         )  # fmt: skip
     line = log.sink.lines[-1]
-    assert b"1111" not in line
+    assert b"4111 1111" not in line.replace(b"-", b" ")
+    assert b"41111111" not in line
     entry = parse_line(line[:-1])
     assert entry["data"]["note"] == ["no [redacted]!"]
     assert entry["userId"] == "[redacted]"
@@ -373,10 +374,10 @@ def test_what_the_context_binds_is_redacted_too(log: Log) -> None:
     """It is added behind the redaction, and comes through it all the same."""
     log.configure(Redact(["user_id", "company"], hmac_names=["client_ip"], hmac_key=KEY))
 
-    with audit_context(user_id="2780", client_ip="10.0.0.1", request_id="r-1"):
+    with audit_context(user_id="ada@example.com", client_ip="10.0.0.1", request_id="r-1"):
         entry = parse_line(log.line())
 
-    assert "2780" not in str(entry)
+    assert "ada@" not in str(entry)
     assert "10.0.0.1" not in str(entry)
     assert "hmac-sha256" in entry["clientIpAddress"]
     assert entry["requestId"] == "r-1"

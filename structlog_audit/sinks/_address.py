@@ -64,6 +64,8 @@ def shown(url: str) -> str:
 
 
 def checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(headers, Mapping):
+        raise AuditConfigurationError("headers is a mapping of names and texts")
     for name, value in headers.items():
         if (
             not isinstance(name, str)
@@ -109,6 +111,8 @@ def check_certificates(files: Mapping[str, str | None]) -> None:
 
 
 def checked_file(name: str, path: str | os.PathLike[str]) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise AuditConfigurationError(f"{name} names a file, and {path!r} is no path")
     text = os.fspath(path)
     if not os.access(text, os.R_OK) or os.path.isdir(text):
         raise AuditConfigurationError(f"{name}: {text} is no file that can be read")

@@ -23,6 +23,8 @@ class Key:
     def __init__(self, text: str | None, file: str | os.PathLike[str] | None) -> None:
         if text is not None and file is not None:
             raise AuditConfigurationError("give either a key or the file that holds it, not both")
+        if not isinstance(file, (str, os.PathLike, type(None))):
+            raise AuditConfigurationError("api_key_file is no path")
         self._file = None if file is None else os.fspath(file)
         self._known: tuple[int, int] | None = None
         self._text = text

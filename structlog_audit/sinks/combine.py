@@ -177,12 +177,18 @@ class FirstOf:
             except SinkError as error:
                 self._failed(number, error)
                 problems.append(error)
+            except BaseException:  # who comes next begins anew
+                self._forget()
+                raise
             else:
                 self._current = number
                 self._tell_of(number)
                 return
+        failed = _all_failed(problems)
+        if self._doubt:
+            failed.persisted = "unknown"
         self._forget()
-        raise _all_failed(problems)
+        raise failed
 
     def write(self, lines: Sequence[bytes]) -> None:
         """Write to the sink where the session is.
@@ -200,7 +206,11 @@ class FirstOf:
             raise SessionOver("a sink before it works again")
         try:
             self.sinks[current].write(lines)
-        except (SessionOver, LineRefused):
+        except SessionOver:
+            raise
+        except LineRefused as refused:
+            if self._doubt:
+                refused.persisted = "unknown"
             raise
         except SinkError as error:
             self._failed(current, error)

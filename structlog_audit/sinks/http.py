@@ -142,8 +142,10 @@ class HttpSink:
             raise AuditConfigurationError("confirm is empty: nothing would ever be confirmed")
         if accept is not None and not callable(accept):
             raise AuditConfigurationError("accept must be callable: it is given the answer's body")
-        if min(max_event_bytes, max_payload_bytes) < 1:
-            raise AuditConfigurationError("max_event_bytes and max_payload_bytes are above zero")
+        for name, most in (("max_event_bytes", max_event_bytes),
+                           ("max_payload_bytes", max_payload_bytes)):  # fmt: skip
+            if type(most) is not int or most < 1:
+                raise AuditConfigurationError(f"{name} must be a number of bytes above zero")
         self.format: Format = format
         self.allow_insecure = allow_insecure
         self.timeout = timeout
@@ -245,7 +247,7 @@ class HttpSink:
                 raise LineRefused(_NO_LINE, delivered=0)
         except SinkError as error:
             error.delivered += start
-            if error.delivered and not isinstance(error, LineRefused):
+            if attempt.doubt or (error.delivered and not isinstance(error, LineRefused)):
                 error.persisted = "unknown"
             raise
 
