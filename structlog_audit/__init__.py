@@ -2,6 +2,7 @@
 
 from structlog_audit._version import __version__
 from structlog_audit.alarm import Space
+from structlog_audit.audited import audited
 from structlog_audit.context import audit_context, bind_audit_context, clear_audit_context
 from structlog_audit.entry import AUDIT, Receipt
 from structlog_audit.exceptions import (
@@ -16,6 +17,7 @@ from structlog_audit.exceptions import (
     SessionOver,
     SinkError,
 )
+from structlog_audit.exclusions import Exclude, audit_exempt
 from structlog_audit.handler import AuditHandler
 from structlog_audit.logger import AuditLogger, audit_log, get_logger
 from structlog_audit.operation import Operation, current_operation
@@ -41,6 +43,7 @@ __all__ = [
     "AuditTimeoutError",
     "AuditWriteError",
     "ConsoleSink",
+    "Exclude",
     "FileSink",
     "FirstOf",
     "HttpSink",
@@ -56,9 +59,11 @@ __all__ = [
     "Space",
     "__version__",
     "audit_context",
+    "audit_exempt",
     "audit_handler",
     "audit_log",
     "audit_processors",
+    "audited",
     "bind_audit_context",
     "clear_audit_context",
     "current_operation",

@@ -255,6 +255,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     ):
         if part:
             rows.append((label, text(part)))
+    rows += [("left out", f"{place}: {what}") for place, what in report.exclusions or ()]
     if report.processors is not None:
         rows.append(("processors", " → ".join(report.processors)))
     return rows

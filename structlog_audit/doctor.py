@@ -16,11 +16,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import orjson
 import structlog
 
+from structlog_audit import exclusions
 from structlog_audit.disk import bare_file, file_system, percentiles
 from structlog_audit.exceptions import AuditConfigurationError, AuditError
 from structlog_audit.forward import is_forwarded, lag_of
@@ -62,6 +64,8 @@ class Report:
         target: where entries go.
         policy: which of several targets must confirm; None with one target.
         mode: how much web interceptors record.
+        verbose_until: when verbose mode ends by itself.
+        exclusions: what an application's web interceptors leave out: where, and what.
         app: name of the application.
         session: the newest session file and its state.
         file_system: type, and what a sync means on it.
@@ -78,6 +82,8 @@ class Report:
     target: str | None = None
     policy: str | None = None
     mode: str = "basic"
+    verbose_until: datetime | None = None
+    exclusions: list[tuple[str, str]] | None = None
     app: str | None = None
     session: dict[str, Any] | None = None
     file_system: dict[str, Any] | None = None
@@ -106,12 +112,14 @@ def diagnose(app: str | None = None) -> Report:
     report = Report()
     try:
         settings = Settings.from_environ()
-        report.mode, report.app = settings.mode, settings.app
+        report.mode, report.app = settings.mode or "basic", settings.app
+        report.verbose_until = settings.verbose_until
         if app is None:
             handler = AuditHandler(settings.sink(), low_space=settings.low_space)
         else:
             handler = _application_handler(app, report)
             report.app = handler.app
+            report.exclusions = exclusions.listed()
         report.target = repr(handler.sink)
         _examine(handler, report)
     except AuditError as error:
@@ -122,8 +130,17 @@ def diagnose(app: str | None = None) -> Report:
 def _examine(handler: AuditHandler, report: Report) -> None:
     _examine_sink(handler.sink, handler, report)
     if report.mode != "basic":
-        report.problems.append(f"AUDIT_LOG_MODE={report.mode}: requests may be recorded in full")
+        report.problems.append(_of_verbose(report.verbose_until))
     report.enabled = True
+
+
+def _of_verbose(until: datetime | None) -> str:
+    said = "AUDIT_LOG_MODE=verbose_including_cid: requests and responses are recorded in full"
+    if until is None:
+        return f"{said}, without an end: set AUDIT_LOG_VERBOSE_UNTIL"
+    if until <= datetime.now(timezone.utc):
+        return f"AUDIT_LOG_MODE=verbose_including_cid is over since {until.isoformat()}: unset it"
+    return f"{said} until {until.isoformat()}"
 
 
 def _examine_sink(sink: Sink, handler: AuditHandler, report: Report) -> None:

@@ -172,6 +172,8 @@ class Sessions:
                 ticket.receipt = receipt
             rest = rest[len(receipts) :]
             if refused is not None:
+                if doubt:
+                    refused.persisted = "unknown"
                 self._refuse(rest[0], refused)
                 rest = rest[1:]
                 if refused.doubtful:

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 from structlog.typing import Processor
@@ -49,7 +50,8 @@ class Settings:
 
     Attributes:
         directory: directory for session files; `/dev/stdout` or `/dev/stderr` for the console.
-        mode: how much web interceptors record.
+        mode: how much web interceptors record; None leaves it to the code, and is `basic` without.
+        verbose_until: when `verbose_including_cid` ends by itself.
         app: name of the application.
         prefix: begin of the file names.
         max_bytes: size in bytes at which a session ends.
@@ -71,7 +73,8 @@ class Settings:
     """
 
     directory: str | None = None
-    mode: Mode = "basic"
+    mode: Mode | None = None
+    verbose_until: datetime | None = None
     app: str | None = None
     prefix: str = "audit"
     max_bytes: int | None = DEFAULT_MAX_BYTES
@@ -111,6 +114,11 @@ class Settings:
                 except ValueError as error:
                     shown = "…" if name in _SECRET else repr(text)
                     raise AuditConfigurationError(f"{name}={shown}: {error}") from None
+        if "verbose_until" in given and given.get("mode") != "verbose_including_cid":
+            raise AuditConfigurationError(
+                "AUDIT_LOG_VERBOSE_UNTIL is the end of AUDIT_LOG_MODE=verbose_including_cid, which "
+                "is not set"
+            )
         return cls(**given)  # type: ignore[arg-type]  # each parser gives its field's type
 
     @property
@@ -279,6 +287,17 @@ def _space(text: str) -> float:
     return part
 
 
+def _time(text: str) -> datetime:
+    example = "2026-11-25T18:00:00Z"
+    try:
+        time = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        raise ValueError(f"it must be a time, such as {example}") from None
+    if time.tzinfo is None:
+        raise ValueError(f"it has no time zone; it must look like {example}")
+    return time
+
+
 def _flag(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError("it must be 0 or 1")
@@ -288,6 +307,7 @@ def _flag(text: str) -> bool:
 _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "AUDIT_LOG_DIR": ("directory", _directory),
     "AUDIT_LOG_MODE": ("mode", _one_of(*MODES)),
+    "AUDIT_LOG_VERBOSE_UNTIL": ("verbose_until", _time),
     "AUDIT_LOG_APP": ("app", _text),
     "AUDIT_LOG_PREFIX": ("prefix", _text),
     "AUDIT_LOG_MAX_BYTES": ("max_bytes", _or_none(_whole_bytes)),
@@ -373,6 +393,15 @@ _host = _Host()
 AuditHandler._may_log = staticmethod(lambda handler: _host.may_log(handler))  # noqa: PLW0108
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _host.renew_lock())  # noqa: PLW0108 - the one in force then
+
+
+def host_settings() -> Settings:
+    """Return what the environment of the process says, as it was when it was first asked.
+
+    Raises:
+        AuditConfigurationError: a variable of ours is unknown or has an unusable value.
+    """
+    return _host.settings()
 
 
 def audit_handler(

@@ -323,17 +323,19 @@ def test_the_rest_of_a_batch_goes_to_a_new_session_when_a_line_is_in_doubt(
 
 
 @pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("last", ["no key", "refused"])
 def test_the_rest_of_a_batch_that_may_be_stored_is_not_said_to_be_lost(
-    kind: Any, make_handler: MakeHandler
+    last: str, kind: Any, make_handler: MakeHandler
 ) -> None:
-    """All of it was stored in the old session; in the new one, the server lets nobody in."""
+    """All of it was stored in the old session; in the new one, the server does not take it."""
     go, refuse = threading.Event(), scripted.answer(400)
     lost = storing(scripted.reset_after_reading())
-    steps = [gated(go, accepted()), lost, refuse, refuse, scripted.error(401)]
-    with ScriptedServer(steps) as server:
+    end = scripted.error(401) if last == "no key" else refusing("A2.")
+    with ScriptedServer([gated(go, accepted()), lost, refuse, refuse, end]) as server:
         answers = together(make_handler(kind(server.url, timeout=10)), server, go, 3)
 
-        assert [a for _, a, _ in numbered(server.stored)] == ["AuditSession", "A0.", "A1.", "A2."]
+        actions = [action for _, action, _ in numbered(server.stored)]
+        assert actions[:4] == ["AuditSession", "A0.", "A1.", "A2."]
         assert fates(answers) == ["ok", "unknown", "unknown"]
 
 
@@ -574,6 +576,15 @@ def test_an_entry_that_the_first_may_have_is_not_denied_when_none_can_be_opened(
     two.why = refusal()
 
     assert fates([call(make_handler(FirstOf(one, two)))]) == ["unknown"]
+
+
+def test_an_entry_that_the_first_may_have_is_not_denied_by_very_many_others(
+    make_handler: MakeHandler,
+) -> None:
+    """More than a batch is tried at."""
+    sinks = [BrokenSink(refusal("no" if number else "unknown")) for number in range(12)]
+
+    assert fates([call(make_handler(FirstOf(*sinks)))]) == ["unknown"]
 
 
 # The first of several.

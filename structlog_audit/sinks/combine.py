@@ -227,7 +227,10 @@ class FirstOf:
             self._rest[current].reset()
             self._forget()
             return
-        raise SessionOver(failed)
+        over = SessionOver(failed)
+        if self._doubt:
+            over.persisted = "unknown"
+        raise over
 
     def close(self) -> None:
         """Close the one that is open."""

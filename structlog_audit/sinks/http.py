@@ -404,7 +404,11 @@ class HttpSink:
             return _NO_LINE
         except SinkError as error:
             raise SinkError(f"{self!r}: {error.reason}", persisted="no") from None
-        return _Delivery(self, lines, headers, body, attempt).run()
+        before = attempt.doubt
+        refused = _Delivery(self, lines, headers, body, attempt).run()
+        if refused is None:  # what was in doubt on the way is confirmed
+            attempt.doubt = before
+        return refused
 
 
 _NO_LINE = "it is no line that an AuditHandler writes"

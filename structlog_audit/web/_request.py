@@ -22,7 +22,9 @@ from structlog_audit.exceptions import AuditConfigurationError, AuditError
 from structlog_audit.exclusions import EXEMPT, Exclude
 from structlog_audit.logger import audit_log
 from structlog_audit.operation import Operation
+from structlog_audit.settings import Mode
 from structlog_audit.web._client import ClientAddress
+from structlog_audit.web._verbose import Transcript, Verbosity
 
 Ask = Callable[[Any], object]
 _log = logging.getLogger("structlog_audit")
@@ -111,6 +113,7 @@ class Auditing:
             such a caller is left out of auditing only with health probes.
         trusted_proxies: see `ClientAddress`.
         client: a `ClientAddress` with other options, in place of `trusted_proxies`.
+        mode: `basic`, or `verbose_including_cid`; where the environment says it, it decides.
 
     Raises:
         AuditConfigurationError: an option is unusable.
@@ -128,6 +131,7 @@ class Auditing:
         privileged: Ask | None = None,
         trusted_proxies: Sequence[str] | int = (),
         client: ClientAddress | None = None,
+        mode: Mode | None = None,
     ) -> None:
         for name, ask in (("user", user), ("company", company), ("service", service),
                           ("action", action), ("privileged", privileged)):  # fmt: skip
@@ -145,6 +149,7 @@ class Auditing:
         self._action = action
         self._privileged = privileged
         self._client = client or ClientAddress(trusted_proxies=trusted_proxies)
+        self._verbosity = Verbosity(mode)
         exclusions.register(place, self.exclude)
 
     def context(self, request: Request) -> AbstractContextManager[None]:
@@ -197,6 +202,31 @@ class Auditing:
         if "user_id" not in who:
             data["userKnown"] = False
         return audit_log.operation(action=self._named(request, route), data=data, **who)
+
+    def begin(self, operation: Operation) -> None:
+        """Have the Begin on record.
+
+        Raises:
+            AuditError: it is not, and the request must not be carried out.
+        """
+        if not self._verbosity.is_announced:
+            audit_log.info(**self._verbosity.announcement())
+            self._verbosity.is_announced = True
+        operation.__enter__()
+
+    async def abegin(self, operation: Operation) -> None:
+        """Have the Begin on record like `begin`, without blocking the event loop."""
+        if not self._verbosity.is_announced:
+            await audit_log.ainfo(**self._verbosity.announcement())
+            self._verbosity.is_announced = True
+        await operation.__aenter__()
+
+    def transcript(self, request: Request, query: str) -> Transcript | None:
+        """Return where request and response are noted in full, in the mode that asks for it."""
+        if not self._verbosity.is_active:
+            return None
+        line = f"{request.method} {request.path[:LONGEST_PATH]}"
+        return Transcript(line, request.headers(), query)
 
     def learn(self, operation: Operation, request: Request) -> None:
         """Say in the outcome what is known by now."""
