@@ -62,7 +62,7 @@ def audited(
 
 
 def _check(function: object) -> None:
-    if not inspect.isroutine(function):
+    if not inspect.isroutine(function) or isinstance(function, (staticmethod, classmethod)):
         raise AuditConfigurationError(
             f"@audited() stands before a function, not {function!r}",
             hint="write @audited(), with parentheses; staticmethod and classmethod stand above it",

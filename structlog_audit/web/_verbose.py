@@ -138,12 +138,15 @@ class _Body:
             return _form(self._kept.decode("utf-8", "replace"))
         if self._type.startswith("text/"):
             text = self._kept.decode("utf-8", "replace")
-            return text if whole else {"begin": text, **self._marker("cut")}
+            return text if whole else Marker("cut", begin=text, **self._known())
         # of what was cut, names cannot be told from values, so nothing could be redacted
         return self._marker("bytes" if whole else "cut")
 
     def _marker(self, what: str) -> Marker:
-        return Marker(what, bytes=self._size, sha256=self._hash.hexdigest())
+        return Marker(what, **self._known())
+
+    def _known(self) -> dict[str, Any]:
+        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
 
 
 def _headers(headers: Iterable[tuple[str, str]]) -> Any:
