@@ -116,8 +116,8 @@ class Exclude:
         return frozenset(method.upper() for method in given)
 
     @property
-    def spares_privileged(self) -> bool:
-        """Whether it leaves privileged callers out as well."""
+    def leaves_out_privileged(self) -> bool:
+        """Whether privileged callers are left out as well."""
         return self.kind == "health"
 
     def fits(self, asked: Asked) -> bool:

@@ -1,1 +1,5 @@
-"""Web frameworks: requests and what became of them, recorded without a call in each handler."""
+"""Interceptors of requests, one module for each kind of application."""
+
+from structlog_audit.web._client import ClientAddress
+
+__all__ = ["ClientAddress"]

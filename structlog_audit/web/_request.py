@@ -139,6 +139,15 @@ class Auditing:
                 raise AuditConfigurationError(f"{name}= must be callable: it is given the request")
         if client is not None and trusted_proxies != ():
             raise AuditConfigurationError("give either client= or trusted_proxies=, not both")
+        if privileged is None and not all(
+            getattr(e, "leaves_out_privileged", True) for e in exclude
+        ):
+            raise AuditConfigurationError(
+                "who is privileged is not told, and such a caller is left out with health probes "
+                "alone",
+                hint="give privileged=, a function of the request; lambda request: False says that "
+                "nobody is",
+            )
         if not all(isinstance(one, Exclude) for one in exclude):
             raise AuditConfigurationError(
                 "exclude= is a list of Exclude(…)",
@@ -176,7 +185,7 @@ class Auditing:
         asked = _Asked(request, route)
         found = exempt or next((one for one in self.exclude if self._fits(one, asked)), None)
         return found is not None and (
-            found.spares_privileged or not self._is_privileged(request, found)
+            found.leaves_out_privileged or not self._is_privileged(request, found)
         )
 
     def _fits(self, exclusion: Exclude, asked: _Asked) -> bool:
@@ -188,8 +197,8 @@ class Auditing:
 
     def _is_privileged(self, request: Request, exclusion: Exclude) -> bool:
         """Tell whether somebody with privileged roles asks; who does not tell is taken for one."""
-        if self._privileged is None:
-            return False
+        if self._privileged is None:  # a view that is exempt: we cannot know
+            return True
         return self._ask("privileged", self._privileged, request, True) is not False
 
     def operation(self, request: Request) -> Operation:
