@@ -20,7 +20,7 @@ ROWS = [
     "handler logger bare_post",
     "settings testing forward web._request",
     "web._routes",
-    "web.asgi",
+    "web.asgi web.wsgi",
     "doctor demo bench _pytest",
     "cli",
     "__init__ __main__",
