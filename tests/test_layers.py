@@ -21,6 +21,7 @@ ROWS = [
     "settings testing forward web._request",
     "web._routes",
     "web.asgi web.wsgi",
+    "web.flask",
     "doctor demo bench _pytest",
     "cli",
     "__init__ __main__",
