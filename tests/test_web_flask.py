@@ -178,6 +178,15 @@ def test_a_stream_ends_before_its_outcome(entries: Entries) -> None:
     assert entries[1]["userId"] == "late"
 
 
+def test_a_stream_that_nobody_reads_has_a_user_all_the_same(entries: Entries) -> None:
+    """The context of a HEAD ends when the body is closed, after its (empty) end."""
+    app = shop()
+    Audit(app, user=lambda asked: asked.headers.get("X-User") if g else None)
+    get(app, "/stream", "HEAD", headers={"X-User": "2780"})
+
+    assert (entries[1]["event"], entries[1]["userId"]) == ("Complete", "2780")
+
+
 def test_a_stream_that_the_client_leaves_is_an_abandon(entries: Entries) -> None:
     """Its context ends in close()."""
     app = shop()

@@ -300,18 +300,43 @@ def test_a_body_is_closed_once_when_it_was_read(parts: list[bytes], entries: Any
     assert kinds(entries) == ["Begin", "Complete"]
 
 
+class Raising(Body):
+    def close(self) -> None:
+        super().close()
+        raise OSError("cannot close")
+
+
 def test_a_close_that_raises_comes_through(entries: Any) -> None:
     """Before the end it is why the request has failed."""
-
-    class Raising(Body):
-        def close(self) -> None:
-            raise OSError("cannot close")
-
     server = Server(AuditMiddleware(answering(Raising([b"a"]))), environ())
     with pytest.raises(OSError, match="cannot close"):
         server.response.close()
 
     assert kinds(entries) == ["Begin", "Fail"]
+
+
+def test_a_close_that_raises_at_the_end_does_not_break_the_response(entries: Any) -> None:
+    """It comes through when the server closes, and the request has failed."""
+    body = Raising([b"a"])
+    server = Server(AuditMiddleware(answering(body)), environ())
+    with pytest.raises(OSError, match="cannot close"):
+        server.finish()
+
+    assert server.body == [b"a"]
+    assert body.closed == 1
+    assert (entries[1]["event"], entries[1]["data"]["status"]) == ("Fail", 200)
+
+
+def test_what_is_learned_when_the_body_is_closed_is_in_the_outcome(entries: Any) -> None:
+    """Frameworks end a request's context there."""
+
+    class Learning(Body):
+        def close(self) -> None:
+            current_operation().data["rows"] = 3
+
+    Server(AuditMiddleware(answering(Learning([b"a"]))), environ()).finish()
+
+    assert entries[1]["data"]["rows"] == 3
 
 
 def test_a_head_whose_body_is_not_read_is_complete(entries: Any) -> None:

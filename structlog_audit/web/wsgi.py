@@ -1,7 +1,9 @@
 """WSGI: every request that is not excluded is on record before the application is called.
 
 1. The Begin is durable before the application is called; otherwise the answer is 503.
-2. The outcome comes when the response is exhausted, or closed before its end.
+2. The outcome comes when the response is exhausted, or closed before its end. The application's
+   body is closed first: frameworks end a request's context there, and what is learned by then
+   belongs into the outcome.
 3. What is bound for a request is there while the application runs, iterates and closes, and gone
    in between: a server may serve others in the same thread, or go on in another.
 4. Of an outcome that is to be durable, the last part of the response waits for it.
@@ -245,6 +247,7 @@ class _Exchange:
         self._body: Iterable[bytes] = ()
         self._iterator: Iterator[bytes] | None = None
         self._exhausted = False
+        self._close_error: Exception | None = None
         self._ended = False
         request.begun(operation)
 
@@ -264,6 +267,7 @@ class _Exchange:
             part = self._pull()
             if part is _END:
                 self._exhausted = True
+                self._close_early()
                 self._end_before_the_last_part()
                 self._release()
             else:
@@ -277,16 +281,32 @@ class _Exchange:
 
     def close(self) -> None:
         """Close the application's body, and record that it was not read to its end."""
+        if self._close_error is not None:
+            raise self._close_error
         try:
-            close = getattr(self._body, "close", None)
-            if close is not None:
-                close()
+            self._close_body()
         except BaseException as error:
             self._end(error)
             raise
         if not self._ended and not self._is_without_body():
             self._operation.abandon("the response was closed before its end")
         self._end()
+
+    def _close_early(self) -> None:
+        """Close a body that is exhausted; what it raises shall not break the response."""
+        try:
+            self._close_body()
+        except Exception as error:  # noqa: BLE001 - raised again when the server closes
+            self._close_error = error
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def _close_body(self) -> None:
+        body, self._body = self._body, ()
+        close = getattr(body, "close", None)
+        if close is not None:
+            close()
 
     def _take_start(self, status: str, headers: Headers, exc_info: Any = None) -> Write:
         """Serve as `start_response`."""
@@ -340,8 +360,9 @@ class _Exchange:
     def _end_before_the_last_part(self) -> None:
         if self._status is None and not self._operation.is_judged:
             self._operation.fail("the application gave no response")
+        judge(self._operation, self._status)
         try:
-            self._end()
+            self._end(self._close_error)
         except AuditError as error:
             refused(error, self._operation)
             if self._write_out is not None:
