@@ -46,9 +46,7 @@ APPLICATION = """
     app = Flask("shop")
 
     def database():
-        base = sqlite3.connect("shop.db", timeout=30, isolation_level=None)
-        base.execute("create table if not exists orders (request text, user text, item text)")
-        return base
+        return sqlite3.connect("shop.db", timeout=30, isolation_level=None)
 
     @app.before_request
     def authenticate():
@@ -94,6 +92,9 @@ class Server:
         self.directory = directory
         (directory / "shop.py").write_text(textwrap.dedent(APPLICATION))
         (directory / "download").write_bytes(b"0123456789" * 50_000)
+        base = sqlite3.connect(directory / "shop.db")
+        base.execute("create table orders (request text, user text, item text)")
+        base.close()
         (directory / "gunicorn.conf.py").write_text(
             "control_socket_disable = True\n"
             "def when_ready(server):\n"
@@ -180,7 +181,7 @@ def test_hundreds_of_requests_at_once_each_have_their_own_begin_and_outcome(
     """No user, address or status of one stands in the entries of another."""
     with ThreadPoolExecutor(24) as clients:
         answers = list(clients.map(server.order, range(400)))
-    assert {status for status, _ in answers} == {201}
+    assert {status for status, _ in answers} == {201}, (server.directory / "log").read_text()
     entries = server.entries()
 
     by_request: dict[str, list[dict[str, Any]]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import threading
@@ -11,11 +12,16 @@ from wsgiref.util import FileWrapper, setup_testing_defaults
 from wsgiref.validate import validator
 
 import pytest
+import structlog
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from structlog_audit import (
     AuditError,
+    AuditHandler,
     AuditWriteError,
     audit_log,
+    audit_processors,
     bind_audit_context,
     current_operation,
 )
@@ -167,7 +173,7 @@ def test_service_goes_on_after_a_refusal() -> None:
     assert kinds(entries) == ["Begin", "Complete", "Begin", "Complete"]
 
 
-def test_a_broken_processor_of_the_host_keeps_the_application_from_running() -> None:
+def test_a_sink_that_raises_anything_keeps_the_application_from_running() -> None:
     """Whatever keeps the Begin from the record keeps the application from the request."""
 
     class Broken(MemorySink):
@@ -176,6 +182,19 @@ def test_a_broken_processor_of_the_host_keeps_the_application_from_running() -> 
 
     with capture_audit(Broken()):
         assert request(lambda *_: pytest.fail("it was called")).status[:3] == "503"
+
+
+def test_a_processor_of_the_host_that_raises_keeps_the_application_from_running(
+    handler: AuditHandler,
+) -> None:
+    """What it raises goes to the server."""
+
+    def broken(*given: Any) -> Any:
+        raise LookupError("a processor")
+
+    structlog.configure(processors=[broken, *audit_processors(handler=handler)])
+    with pytest.raises(LookupError, match="a processor"):
+        request(lambda *_: pytest.fail("it was called"))
 
 
 # outcomes
@@ -421,6 +440,81 @@ def test_a_second_start_without_exc_info_is_a_mistake(durable: bool, entries: An
     assert kinds(entries) == ["Begin", "Fail"]
 
 
+STEPS = st.lists(
+    st.one_of(
+        st.sampled_from(["start", "restart", "raise"]),
+        st.tuples(st.sampled_from(["write", "yield"]), st.sampled_from([b"", b"a", b"bc"])),
+    ),
+    max_size=6,
+)
+
+
+def scripted(steps: list[Any], is_generator: bool, closed: list[str]) -> Any:
+    """Return an application that does what a script says: before it returns, or in its body."""
+
+    def run(start_response: Start) -> Iterator[bytes]:
+        write = None
+        try:
+            for number, step in enumerate(steps):
+                if step == "start":
+                    write = start_response(f"20{number} OK", TEXT)
+                elif step == "restart":
+                    try:
+                        raise LookupError(number)
+                    except LookupError:
+                        write = start_response(f"50{number} Error", TEXT, sys.exc_info())
+                elif step == "raise":
+                    raise ZeroDivisionError
+                elif step[0] == "yield":
+                    yield step[1]
+                elif write is not None:
+                    write(step[1])
+        finally:
+            closed.append("closed")
+
+    def app(environ: Any, start_response: Start) -> Iterable[bytes]:
+        return run(start_response) if is_generator else list(run(start_response))
+
+    return app
+
+
+def seen_by_client(app: Any, read: int) -> tuple[Any, ...]:
+    """Serve a request, reading so many parts of the response at most; tell all that happened."""
+    server, error = None, None
+    try:
+        server = Server.__new__(Server)
+        server.__init__(app, environ())  # type: ignore[misc]
+        parts = iter(server.response)
+        try:
+            for part in itertools.islice(parts, read):
+                server.send(part)
+        finally:
+            getattr(server.response, "close", lambda: None)()
+    except Exception as raised:
+        error = type(raised)
+    return server.status, b"".join(server.body), error
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps=STEPS, is_generator=st.booleans(), read=st.integers(0, 7))
+def test_a_client_sees_what_it_would_see_without_auditing(
+    steps: list[Any], is_generator: bool, read: int
+) -> None:
+    """Whatever the application does and however much is read; and there is one outcome."""
+    closed: list[str] = []
+    app = scripted(steps, is_generator, closed)
+    plain = seen_by_client(app, read)
+    count = len(closed)
+    with capture_audit() as entries:
+        audited = seen_by_client(AuditMiddleware(app), read)
+
+    assert audited == plain
+    assert len(closed) == 2 * count
+    assert kinds(entries)[0] == "Begin"
+    assert len(entries) == 2
+    assert not audit_fields()
+
+
 # outcomes that are waited for
 
 
@@ -474,6 +568,19 @@ def test_the_last_part_does_not_leave_without_its_durable_outcome(app: Any) -> N
             server.finish()
 
     assert server.body == [b"a"]
+
+
+def test_an_error_page_replaces_what_was_kept_back(entries: Any) -> None:
+    """No part of the response that failed stands before it."""
+
+    def app(environ: Any, start_response: Start) -> Iterator[bytes]:
+        current_operation().durable = True
+        return failing_late(environ, start_response)
+
+    server = Server(AuditMiddleware(app), environ(path="/sent")).finish()
+
+    assert (server.status, server.body) == ("500 Internal Server Error", [b"sorry"])
+    assert entries[1]["event"] == "Fail"
 
 
 def test_a_durable_outcome_is_asked_for_too_late_to_answer_503() -> None:
@@ -597,11 +704,11 @@ def test_a_path_is_what_the_client_asked_for(given: Any, path: str, entries: Any
 @pytest.mark.parametrize("peer", [None, "", "unix:"])
 def test_a_peer_without_an_address_is_left_out(peer: str | None, entries: Any) -> None:
     """Behind a Unix socket there is none."""
-    given = environ()
-    given.pop("REMOTE_ADDR", None)
+    made = environ()
+    made.pop("REMOTE_ADDR", None)
     if peer is not None:
-        given["REMOTE_ADDR"] = peer
-    Server(AuditMiddleware(answering([])), given).finish()
+        made["REMOTE_ADDR"] = peer
+    Server(AuditMiddleware(answering([])), made).finish()
 
     assert "clientIpAddress" not in entries[0]
     assert "remoteAddress" not in entries[0]
@@ -609,9 +716,9 @@ def test_a_peer_without_an_address_is_left_out(peer: str | None, entries: Any) -
 
 def test_a_header_counts_only_behind_a_trusted_proxy(entries: Any) -> None:
     """What it said is on record in any case."""
-    given = environ(HTTP_X_FORWARDED_FOR="203.0.113.9", HTTP_X_REQUEST_ID="r-1")
-    Server(AuditMiddleware(answering([])), given).finish()
-    Server(AuditMiddleware(answering([]), trusted_proxies=["127.0.0.0/8"]), given).finish()
+    made = environ(HTTP_X_FORWARDED_FOR="203.0.113.9", HTTP_X_REQUEST_ID="r-1")
+    Server(AuditMiddleware(answering([])), made).finish()
+    Server(AuditMiddleware(answering([]), trusted_proxies=["127.0.0.0/8"]), made).finish()
 
     found = [(e["clientIpAddress"], e["forwardedFor"], e["requestId"]) for e in entries[::2]]
     assert found == [("127.0.0.1", "203.0.113.9", "r-1"), ("203.0.113.9", "203.0.113.9", "r-1")]
@@ -640,8 +747,8 @@ def test_an_excluded_request_is_handed_on_as_it_is(entries: Any) -> None:
     exclude = [Exclude(kind="health", path="/healthz", reason="probe")]
     for body in ([b"ok"], (b"ok",), FileWrapper(open(__file__, "rb"))):  # noqa: SIM115
         app = AuditMiddleware(answering(body), exclude=exclude)
-        given = {**environ(path="/healthz"), "wsgi.file_wrapper": FileWrapper}
-        assert app(given, lambda *_: None) is body
+        made = {**environ(path="/healthz"), "wsgi.file_wrapper": FileWrapper}
+        assert app(made, lambda *_: None) is body
     body.close()  # type: ignore[union-attr]
     assert not entries
 

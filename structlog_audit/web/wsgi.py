@@ -316,7 +316,7 @@ class _Exchange:
         elif self._held is not None and exc_info is None:
             raise AssertionError("start_response was called twice without exc_info")
         else:
-            self._held = started
+            self._held, self._back = started, None  # an error page replaces what was kept back
         self._status = _code(status)
         if not self._operation.durable:
             self._release()
