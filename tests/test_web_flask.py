@@ -18,7 +18,7 @@ from flask.views import MethodView
 from running import in_threads, run_well
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
-from werkzeug.test import Client
+from werkzeug.test import Client, EnvironBuilder
 
 from structlog_audit import AuditConfigurationError, audit_log, current_operation
 from structlog_audit.context import audit_fields
@@ -137,10 +137,12 @@ def test_the_action_is_the_endpoint_and_the_user_is_known_at_the_end(entries: En
     ],
 )
 def test_what_has_no_route_is_named_by_method_and_path(
-    method: str, path: str, action: str, status: int
+    method: str, path: str, action: str, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing of it raises, and all of it is audited, also what Flask answers itself."""
     begin, end = ask(path, method)
+
+    assert not caplog.records
 
     assert (begin["action"], end["action"]) == (action, action)
     assert (end["event"], end["data"]["status"]) == ("Complete", status)
@@ -166,6 +168,18 @@ def test_an_exception_that_comes_through_is_a_fail(entries: Entries) -> None:
 
     assert told(entries) == [("broken", "Begin"), ("broken", "Fail")]
     assert entries[1]["userId"] == "2780"
+
+
+def test_nothing_of_a_request_is_kept_after_it(entries: Entries) -> None:
+    """An environ that held what holds it would stay until the next garbage collection."""
+    app = shop()
+    Audit(app)
+    environ = EnvironBuilder("/orders/4").get_environ()
+    response = app.wsgi_app(environ, lambda *_: lambda part: None)
+    assert b"".join(response) == b'{"number":4}\n'
+    response.close()  # type: ignore[attr-defined]
+
+    assert not [key for key in environ if key.startswith("structlog_audit")]
 
 
 def test_a_stream_ends_before_its_outcome(entries: Entries) -> None:
@@ -468,7 +482,9 @@ def test_unusable_options_are_found_at_once() -> None:
         Audit(user="2780")  # type: ignore[arg-type]
 
 
-def test_a_mounted_application_is_recorded_by_the_path_of_the_client(entries: Entries) -> None:
+def test_a_mounted_application_is_recorded_by_the_path_of_the_client(
+    entries: Entries, caplog: pytest.LogCaptureFixture
+) -> None:
     """And routed by its own; exclusions by path name that of the client, too."""
     app = shop()
     Audit(app, exclude=[Exclude(kind="public_read", path="/shop/file", reason="test")])
@@ -478,6 +494,7 @@ def test_a_mounted_application_is_recorded_by_the_path_of_the_client(entries: En
 
     assert told(entries) == [("orders.show", "Begin"), ("orders.show", "Complete")]
     assert entries[0]["data"]["path"] == "/shop/orders/4"
+    assert not caplog.records
 
 
 def test_routes_are_found_by_host_and_subdomain(entries: Entries) -> None:

@@ -756,6 +756,16 @@ def test_an_excluded_request_is_handed_on_as_it_is(entries: Any) -> None:
     assert kinds(entries) == ["Begin", "Complete"]
 
 
+def test_the_body_of_an_excluded_request_is_closed_once(entries: Any) -> None:
+    """Also by a server that closes twice."""
+    body = Body([b"ok"])
+    exclude = [Exclude(kind="health", path="*", reason="probe")]
+    server = Server(AuditMiddleware(answering(body), exclude=exclude), environ()).finish()
+    server.response.close()
+
+    assert (server.body, body.closed) == ([b"ok"], 1)
+
+
 def test_a_function_of_the_application_that_raises_costs_nothing(
     entries: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
