@@ -79,6 +79,7 @@ def shop() -> Flask:
     def forbidden() -> str:
         abort(403)
 
+    app.wsgi_app = validator(app.wsgi_app)  # type: ignore[arg-type, method-assign]
     return app
 
 
