@@ -164,8 +164,12 @@ _in_force = _InForce()
 
 
 def register(place: str, exclusions: Iterable[Exclude]) -> None:
-    """Take note of exclusions, for the report and the digest."""
-    _in_force.places[place] = tuple(exclusions)
+    """Take note of exclusions, for the report and the digest.
+
+    One place may be configured several times, as by two applications: none hides another's.
+    """
+    known = _in_force.places.get(place, ())
+    _in_force.places[place] = known + tuple(one for one in exclusions if one not in known)
     text = "\n".join(sorted(f"{place}: {line}" for place, line in listed()))
     digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
     _in_force.digest = digest if text else None

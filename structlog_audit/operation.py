@@ -57,6 +57,7 @@ class Operation:
         self._entered = False
         self._verdict: Kind | None = None
         self._reason: str | None = None
+        self._renamed = False
         self._around: Operation | None = None
 
     def __repr__(self) -> str:
@@ -70,6 +71,17 @@ class Operation:
     @action.setter
     def action(self, action: str) -> None:
         self._entry["action"] = action
+        self._renamed = True
+
+    @property
+    def is_renamed(self) -> bool:
+        """Whether somebody has named it better."""
+        return self._renamed
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether somebody has called `fail` or `abandon`."""
+        return self._verdict is not None
 
     def bind(self, **fields: object) -> None:
         """Say in the outcome what the Begin could not know yet, such as `user_id`.

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Protocol
 
 from structlog_audit import exclusions
@@ -31,16 +32,27 @@ _log = logging.getLogger("structlog_audit")
 
 LONGEST_PATH = 1_000
 """Characters of a path, and of the action that is made of it."""
-PROBLEM = (
-    b'{"type":"about:blank","title":"Service Unavailable","status":503,'
-    b'"detail":"The request was not carried out, because it could not be recorded."}'
+
+
+def _problem(detail: str) -> tuple[bytes, tuple[tuple[str, str], ...]]:
+    """Return body and headers by RFC 9457; what went wrong inside is nobody's business outside."""
+    body = (
+        f'{{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"{detail}"}}'
+    ).encode()
+    return body, (
+        ("content-type", "application/problem+json"),
+        ("content-length", str(len(body))),
+        ("cache-control", "no-store"),
+    )
+
+
+PROBLEM, PROBLEM_HEADERS = _problem(
+    "The request was not carried out, because it could not be recorded."
 )
-"""RFC 9457; what went wrong inside is nobody's business outside."""
-PROBLEM_HEADERS = (
-    ("content-type", "application/problem+json"),
-    ("content-length", str(len(PROBLEM))),
-    ("cache-control", "no-store"),
+LOST, LOST_HEADERS = _problem(
+    "What became of the request could not be recorded; it may have been carried out."
 )
+"""Instead of a response whose outcome was to be durable, and is not."""
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -180,6 +192,8 @@ class Auditing:
         """Tell whether the request is left out of auditing."""
         route = request.route()
         exempt = None if route is None else getattr(route.view, EXEMPT, None)
+        if exempt is not None and exempt.methods and request.method not in exempt.methods:
+            exempt = None  # a view that is left out as a read may take writes as well
         if not self.exclude and exempt is None:
             return False
         asked = _Asked(request, route)
@@ -242,7 +256,8 @@ class Auditing:
         operation.bind(**self._known(request))
         route = request.route()
         if route is not None:
-            operation.action = self._named(request, route)
+            if not operation.is_renamed:
+                operation.action = self._named(request, route)
             if route.template is not None and isinstance(operation.data, dict):
                 operation.data.setdefault("route", route.template)
 
@@ -273,7 +288,38 @@ class Auditing:
 
 def refused(error: AuditError, operation: Operation) -> None:
     """Log that a request was refused because it could not be recorded."""
-    _log.error("a request was refused: its Begin could not be recorded: %s", error)
+    what = "Begin" if operation.receipt is None else "outcome"
+    _log.error("a request was refused: its %s could not be recorded: %s", what, error)
+
+
+def judge(operation: Operation, status: int | None) -> None:
+    """Say in the outcome which status was answered, and that a server's error is a failure.
+
+    What the application has said itself stands.
+    """
+    if status is None:
+        return
+    if status >= 500 and not operation.is_judged:
+        operation.fail(f"status {status}")
+    if isinstance(operation.data, dict):
+        operation.data.setdefault("status", status)
+
+
+def add_duration(operation: Operation, start: float) -> None:
+    """Say in the outcome how long it took since this `perf_counter()`."""
+    if isinstance(operation.data, dict):
+        operation.data["durationMs"] = round((perf_counter() - start) * 1000, 3)
+
+
+def lost(error: AuditError, operation: Operation) -> None:
+    """Log that an outcome was not recorded.
+
+    Raises:
+        AuditError: it was to be durable.
+    """
+    if operation.durable:
+        raise error
+    _log.error("the outcome of operation %s is lost: %s", operation.operation_id, error)
 
 
 def _or_unset(text: str | None) -> Field:

@@ -6,7 +6,6 @@ request. Lifespan passes through.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -21,6 +20,9 @@ from structlog_audit.web._request import (
     Ask,
     Auditing,
     Route,
+    add_duration,
+    judge,
+    lost,
     refused,
 )
 from structlog_audit.web._routes import route_of
@@ -30,7 +32,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-_log = logging.getLogger("structlog_audit")
 
 _HEADERS = [(name.encode(), value.encode()) for name, value in PROBLEM_HEADERS]
 _TRY_AGAIN_LATER = 1013
@@ -178,14 +179,11 @@ class _Exchange:
         self._ended = True
         operation = self.operation
         self.auditing.learn(operation, self.request)
-        if isinstance(operation.data, dict):
-            operation.data["durationMs"] = round((perf_counter() - self._start) * 1000, 3)
+        add_duration(operation, self._start)
         try:
             await operation.__aexit__(None if error is None else type(error), error, None)
-        except AuditError as lost:
-            if operation.durable:
-                raise
-            _log.error("the outcome of operation %s is lost: %s", operation.operation_id, lost)
+        except AuditError as unrecorded:
+            lost(unrecorded, operation)
 
 
 class _Http(_Exchange):
@@ -251,9 +249,7 @@ class _Http(_Exchange):
         self._add_status()
 
     def _judge(self) -> None:
-        if self._status is not None and self._status >= 500:
-            self.operation.fail(f"status {self._status}")
-        self._add_status()
+        judge(self.operation, self._status)
 
     def _add_status(self) -> None:
         if self._status is not None and isinstance(self.operation.data, dict):
