@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from structlog_audit import AuditConfigurationError, Settings, doctor
+from structlog_audit.testing import capture_audit
 from structlog_audit.web._verbose import LIMIT, Transcript, Verbosity
 
 VERBOSE = "verbose_including_cid"
@@ -142,3 +143,49 @@ def test_the_report_has_a_line_for_it(
         monkeypatch.setenv("AUDIT_LOG_VERBOSE_UNTIL", until)
 
     assert any(words in problem for problem in doctor.diagnose().problems)
+
+
+def wsgi_exchange(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Send a form through a WSGI application in verbose mode; return the entries."""
+    from io import BytesIO
+    from wsgiref.util import setup_testing_defaults
+
+    from structlog_audit.web.wsgi import AuditMiddleware
+
+    monkeypatch.setenv("AUDIT_LOG_MODE", VERBOSE)
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+        start_response(
+            "200 OK", [("Content-Type", "application/json"), ("Set-Cookie", "a=hunter2")]
+        )
+        return [b'{"token": "hunter2",', b'"ok": 1}']
+
+    body = b"password=hunter2&name=ada"
+    environ: dict[str, Any] = {
+        "wsgi.input": BytesIO(body), "REQUEST_METHOD": "POST", "PATH_INFO": "/login",
+        "CONTENT_LENGTH": str(len(body)), "CONTENT_TYPE": "application/x-www-form-urlencoded",
+        "QUERY_STRING": "token=hunter2&x=1", "HTTP_AUTHORIZATION": "Bearer hunter2",
+    }  # fmt: skip
+    setup_testing_defaults(environ)
+    with capture_audit() as entries:
+        for _ in range(2):
+            response = AuditMiddleware(app)(dict(environ), lambda *_: lambda part: None)
+            assert b"".join(response)
+            response.close()  # type: ignore[attr-defined]
+    return entries
+
+
+def test_a_request_is_in_the_outcome_in_full(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After an entry and a warning that say so."""
+    announced, begin, outcome, *_ = wsgi_exchange(monkeypatch)
+
+    assert announced["action"] == "AuditModeVerbose"
+    assert "recorded in full" in caplog.text
+    assert "request" not in begin["data"]
+    assert outcome["data"]["request"]["body"]["name"] == "ada"
+    assert outcome["data"]["request"]["query"]["x"] == "1"
+    assert outcome["data"]["response"]["body"]["ok"] == 1
+    assert "hunter2" not in str(outcome)

@@ -267,7 +267,7 @@ class Auditing:
             for field, ask in self._who
             if ask is not None
         }
-        return {field: value for field, value in found.items() if value is not None}
+        return {field: _id(value) for field, value in found.items() if value is not None}
 
     def _named(self, request: Request, route: Route | None) -> str:
         if self._action is not None:
@@ -311,6 +311,12 @@ def add_duration(operation: Operation, start: float) -> None:
         operation.data["durationMs"] = round((perf_counter() - start) * 1000, 3)
 
 
+def add_transcript(operation: Operation, transcript: Transcript | None) -> None:
+    """Have the outcome carry request and response in full, where they were noted."""
+    if transcript is not None and isinstance(operation.data, dict):
+        operation.data.update(transcript.data())
+
+
 def lost(error: AuditError, operation: Operation) -> None:
     """Log that an outcome was not recorded.
 
@@ -320,6 +326,11 @@ def lost(error: AuditError, operation: Operation) -> None:
     if operation.durable:
         raise error
     _log.error("the outcome of operation %s is lost: %s", operation.operation_id, error)
+
+
+def _id(value: object) -> object:
+    """Return an id as the field of an entry takes it: an UUID, for example, as a text."""
+    return value if isinstance(value, (str, int)) and not isinstance(value, bool) else str(value)
 
 
 def _or_unset(text: str | None) -> Field:

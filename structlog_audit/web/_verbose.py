@@ -85,7 +85,7 @@ class Transcript:
         """Take note of a part of the request's body."""
         self._received.add(chunk)
 
-    def start(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
+    def start(self, status: int | None, headers: Iterable[tuple[str, str]]) -> None:
         """Take note of the response's head."""
         listed = list(headers)
         self.response = {"status": status, "headers": _headers(listed)}

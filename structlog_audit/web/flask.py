@@ -24,6 +24,7 @@ from structlog_audit import exclusions
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.exclusions import EXEMPT, Exclude
 from structlog_audit.operation import Operation
+from structlog_audit.settings import Mode
 from structlog_audit.values import exception_data
 from structlog_audit.web._client import ClientAddress
 from structlog_audit.web._request import Ask, Auditing, Route
@@ -51,6 +52,7 @@ class Audit:
             before the application is called.
         trusted_proxies: networks, or the number, of the proxies in front; see `ClientAddress`.
         client: a `ClientAddress` with other options.
+        mode: `basic`, or `verbose_including_cid`; where the environment says it, it decides.
 
     Raises:
         AuditConfigurationError: an option is unusable.
@@ -68,11 +70,13 @@ class Audit:
         privileged: Ask | None = None,
         trusted_proxies: Sequence[str] | int = (),
         client: ClientAddress | None = None,
+        mode: Mode | None = None,
     ) -> None:
         self._auditing = Auditing(
             "Flask", exclude=exclude, user=_early(user), company=_early(company),
             service=_early(service), action=_early(action), privileged=privileged,
             trusted_proxies=trusted_proxies, client=client,
+            mode=mode,
         )  # fmt: skip
         if app is not None:
             self.init_app(app)

@@ -22,6 +22,7 @@ from structlog_audit.context import _fields
 from structlog_audit.exceptions import AuditError
 from structlog_audit.exclusions import Exclude
 from structlog_audit.operation import Operation, _current
+from structlog_audit.settings import Mode
 from structlog_audit.web._client import ClientAddress
 from structlog_audit.web._request import (
     LOST,
@@ -33,10 +34,12 @@ from structlog_audit.web._request import (
     Request,
     Route,
     add_duration,
+    add_transcript,
     judge,
     lost,
     refused,
 )
+from structlog_audit.web._verbose import Transcript
 
 Environ = dict[str, Any]
 Headers = list[tuple[str, str]]
@@ -62,6 +65,7 @@ class AuditMiddleware:
         privileged: given the environ, tells whether the caller has privileged roles.
         trusted_proxies: networks, or the number, of the proxies in front; see `ClientAddress`.
         client: a `ClientAddress` with other options.
+        mode: `basic`, or `verbose_including_cid`; where the environment says it, it decides.
 
     Raises:
         AuditConfigurationError: an option is unusable.
@@ -79,11 +83,13 @@ class AuditMiddleware:
         privileged: Ask | None = None,
         trusted_proxies: Sequence[str] | int = (),
         client: ClientAddress | None = None,
+        mode: Mode | None = None,
     ) -> None:
         self.app = app
         self._auditing = Auditing(
             "WSGI", exclude=exclude, user=user, company=company, service=service, action=action,
             privileged=privileged, trusted_proxies=trusted_proxies, client=client,
+            mode=mode,
         )  # fmt: skip
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
@@ -124,9 +130,9 @@ class WsgiRequest:
     def headers(self) -> Iterable[tuple[str, str]]:
         """Return names in lower case, and values; servers join repeated ones."""
         return [
-            (key[5:].replace("_", "-").lower(), value)
+            (key.removeprefix("HTTP_").replace("_", "-").lower(), value)
             for key, value in self.environ.items()
-            if key.startswith("HTTP_")
+            if key.startswith("HTTP_") or key in ("CONTENT_TYPE", "CONTENT_LENGTH")
         ]
 
 
@@ -157,12 +163,13 @@ def respond(
             return _unaudited(app(request.environ, start_response), request.environ, bound)
         operation = auditing.operation(request)
         try:
-            operation.__enter__()
+            auditing.begin(operation)
         except AuditError as error:
             refused(error, operation)
             start_response(_UNAVAILABLE, list(PROBLEM_HEADERS))
             return [] if request.method == "HEAD" else [PROBLEM]
-        exchange = _Exchange(operation, request, start_response)
+        transcript = auditing.transcript(request, request.environ.get("QUERY_STRING", ""))
+        exchange = _Exchange(operation, request, start_response, transcript)
         exchange.call(app)
     return _Steps(exchange, bound)
 
@@ -230,9 +237,16 @@ class _Exchange:
     """One request on its way; its outcome is recorded once."""
 
     def __init__(
-        self, operation: Operation, request: Audited, start_response: StartResponse
+        self,
+        operation: Operation,
+        request: Audited,
+        start_response: StartResponse,
+        transcript: Transcript | None,
     ) -> None:
         self._operation = operation
+        self._transcript = transcript
+        if transcript is not None:
+            request.environ["wsgi.input"] = _Noted(request.environ["wsgi.input"], transcript)
         self._request = request
         self._start_response = start_response
         self._start = perf_counter()
@@ -318,6 +332,8 @@ class _Exchange:
         else:
             self._held, self._back = started, None  # an error page replaces what was kept back
         self._status = _code(status)
+        if self._transcript is not None:
+            self._transcript.start(self._status, [(name.lower(), value) for name, value in headers])
         if not self._operation.durable:
             self._release()
         return self._write
@@ -355,6 +371,8 @@ class _Exchange:
     def _leaving(self, part: bytes) -> bytes:
         self._release()
         self._has_left = self._has_left or bool(part)
+        if self._transcript is not None:
+            self._transcript.send(part)
         return part
 
     def _end_before_the_last_part(self) -> None:
@@ -388,10 +406,36 @@ class _Exchange:
         if error is None or self._has_left:  # otherwise the server answers something else
             judge(operation, self._status)
         add_duration(operation, self._start)
+        add_transcript(operation, self._transcript)
         try:
             operation.__exit__(None if error is None else type(error), error, None)
         except AuditError as unrecorded:
             lost(unrecorded, operation)
+
+
+class _Noted:
+    """The input of a request, of which is noted what the application reads."""
+
+    def __init__(self, source: Any, transcript: Transcript) -> None:
+        self._source = source
+        self._transcript = transcript
+
+    def read(self, *size: int) -> bytes:
+        return self._note(self._source.read(*size))
+
+    def readline(self, *size: int) -> bytes:
+        return self._note(self._source.readline(*size))
+
+    def readlines(self, *hint: int) -> list[bytes]:
+        return [self._note(line) for line in self._source.readlines(*hint)]
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in self._source:
+            yield self._note(line)
+
+    def _note(self, part: bytes) -> bytes:
+        self._transcript.receive(part)
+        return part
 
 
 def _set(values: list[Any]) -> None:
