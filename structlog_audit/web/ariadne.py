@@ -2,7 +2,8 @@
 
 Ariadne tells its extensions nothing of the document before the first resolver, so the Begin is
 made there, once for all root fields. Of subscriptions it tells them nothing at all:
-`AuditExtension.subscriptions` puts itself before their sources.
+`AuditExtension.subscriptions` puts itself before their sources. As long as that was not done, no
+operation of a schema with subscriptions is carried out.
 """
 
 from __future__ import annotations
@@ -10,22 +11,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from inspect import isawaitable
 from typing import Any
 
 from ariadne.types import Extension
-from graphql import GraphQLError, GraphQLResolveInfo, GraphQLSchema, default_field_resolver
+from graphql import (
+    GraphQLError,
+    GraphQLField,
+    GraphQLResolveInfo,
+    GraphQLSchema,
+    default_field_resolver,
+)
 
 from structlog_audit.context import audit_context
 from structlog_audit.exclusions import Exclude
 from structlog_audit.operation import resume
-from structlog_audit.web._graphql import GraphQLAuditing, Run, selected
+from structlog_audit.web._graphql import GraphQLAuditing, Run, selected, unavailable
 from structlog_audit.web._request import Ask
 
 _log = logging.getLogger("structlog_audit")
 Resolver = Callable[..., Any]
+_AUDITED = "__audited__"
+"""Attribute of a source that has its Begin before it."""
 
 
 class AuditExtension:
@@ -73,14 +82,15 @@ class AuditExtension:
         """Have the subscriptions of a schema audited, over whatever protocol they come.
 
         Args:
-            schema: an executable schema; call it once for each.
+            schema: an executable schema.
 
         Returns:
             The same schema.
         """
-        kind = schema.subscription_type
-        for field in () if kind is None else kind.fields.values():
-            field.subscribe = _audited(self._auditing, field.subscribe or default_field_resolver)
+        for field in _subscriptions(schema):
+            if not hasattr(field.subscribe, _AUDITED):
+                source = field.subscribe or default_field_resolver
+                field.subscribe = _audited(self._auditing, source)
         return schema
 
 
@@ -131,6 +141,7 @@ class _Extension(Extension):
         if info.path.prev is not None:
             return None
         if not self._is_decided:
+            _check(info.schema)
             self._run = _run_of(self._auditing, info)
             self._is_decided = True
         return self._run
@@ -178,6 +189,25 @@ def _run_of(auditing: GraphQLAuditing, info: GraphQLResolveInfo[Any]) -> Run | N
     return auditing.run(selected(info.operation, info.fragments, coerced, info.context))
 
 
+def _subscriptions(schema: GraphQLSchema) -> Iterable[GraphQLField]:
+    kind = schema.subscription_type
+    return () if kind is None else kind.fields.values()
+
+
+def _check(schema: GraphQLSchema) -> None:
+    """Make sure that the subscriptions of a schema are audited.
+
+    Raises:
+        GraphQLError: they are not.
+    """
+    if not all(hasattr(field.subscribe, _AUDITED) for field in _subscriptions(schema)):
+        _log.error(
+            "GraphQL operations are refused: the subscriptions of the schema are not audited "
+            "(hint: schema = audit.subscriptions(schema), with audit = AuditExtension(…))"
+        )
+        raise unavailable()
+
+
 def _audited(auditing: GraphQLAuditing, source: Resolver) -> Resolver:
     """Return the source of a subscription with its Begin before it."""
 
@@ -194,6 +224,7 @@ def _audited(auditing: GraphQLAuditing, source: Resolver) -> Resolver:
         run.step_out()  # the task of the connection, which goes on with other messages
         return _Events(run, events)
 
+    setattr(subscribe, _AUDITED, True)
     return subscribe
 
 
@@ -207,11 +238,13 @@ class _Events:
     def __init__(self, run: Run, events: AsyncIterator[Any]) -> None:
         self._run = run
         self._events = events
+        self._reader: asyncio.Task[Any] | None = None
 
     def __aiter__(self) -> _Events:
         return self
 
     async def __anext__(self) -> Any:
+        self._watch_reader()
         resume(self._run.operation)
         try:
             event = await anext(self._events)
@@ -236,7 +269,24 @@ class _Events:
                 await self._run.end(None)
 
     def __del__(self) -> None:
-        if self._run.is_under_way:  # nobody ever asked for an event
-            self._run.operation.durable = False
-            self._run.operation.abandon("there was no client")
+        self._give_up()  # nobody ever asked for an event
+
+    def _watch_reader(self) -> None:
+        """Notice a reader that breaks between two events.
+
+        Ariadne's WebSocket handlers do not close the events when a message cannot be sent.
+        """
+        reader = asyncio.current_task()
+        if reader is not None and reader is not self._reader:
+            reader.add_done_callback(self._on_reader_done)
+            self._reader = reader
+
+    def _on_reader_done(self, reader: asyncio.Task[Any]) -> None:
+        if self._run.is_under_way and (reader.cancelled() or reader.exception() is not None):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        if self._run.is_under_way:
+            self._run.operation.durable = False  # nothing can wait here
+            self._run.operation.abandon("the client has gone")
             self._run.end_sync(None)
