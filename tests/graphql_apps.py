@@ -1,4 +1,4 @@
-"""Two GraphQL services alike; their resolvers write into SQLite what they do for which operation."""
+"""Two GraphQL services alike; their resolvers write into SQLite what they do, and for whom."""
 
 from __future__ import annotations
 

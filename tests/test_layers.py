@@ -80,7 +80,8 @@ def test_importing_the_package_loads_nothing_optional() -> None:
 
     roots = {name.split(".")[0] for name in modules}
     unwanted = {"requests", "tenacity", "click", "rich", "urllib3", "starlette", "django", "flask",
-                "graphql", "strawberry", "ariadne", "pytest", "hypothesis", "multiprocessing"}  # fmt: skip
+                "graphql", "strawberry", "ariadne", "pytest", "hypothesis",
+                "multiprocessing"}  # fmt: skip
     # structlog itself loads rich where it is installed
     already = {
         n.split(".")[0] for n in run_well("import sys, structlog; print(*sys.modules)").split()
