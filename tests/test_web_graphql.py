@@ -382,6 +382,42 @@ def test_an_extension_that_fails_behind_it_makes_the_outcome_a_failure(db: Datab
     assert entries[1]["data"]["exception"]["type"] == "RuntimeError"
 
 
+def test_an_extension_that_stops_a_subscription_makes_it_a_failure(db: Database) -> None:
+    """Strawberry hands its error to the client as a result, and to no other extension."""
+    from strawberry.extensions import SchemaExtension
+
+    class Refuse(SchemaExtension):
+        def on_execute(self) -> Any:
+            raise PermissionError("not today")
+            yield
+
+    async def consume() -> list[Any]:
+        schema = strawberry_schema(AuditExtension(), Refuse)
+        source: Any = await schema.subscribe("subscription { ticks(to: 1) }", None, {"db": db})
+        return [result async for result in source]
+
+    with capture_audit() as entries:
+        assert "not today" in str(asyncio.run(consume()))
+
+    assert events(entries) == [("ticks", "Begin"), ("ticks", "Fail")]
+    assert entries[1]["data"]["exception"]["type"] == "PermissionError"
+
+
+def test_a_result_that_the_client_does_not_take_was_carried_out(db: Database) -> None:
+    """Its connection broke after the resolver had returned."""
+
+    async def take_and_go() -> None:
+        schema = strawberry_schema(AuditExtension())
+        source: Any = await schema.stream("mutation { deleteInvoice(id: 1) }", None, {"db": db})
+        await anext(source)
+        await source.aclose()
+
+    with capture_audit() as entries:
+        asyncio.run(take_and_go())
+
+    assert events(entries) == [("deleteInvoice", "Begin"), ("deleteInvoice", "Complete")]
+
+
 def subscribed(framework: str, db: Database, document: str, take: int = 99) -> list[Any]:
     """Return up to `take` results of a subscription; then the client goes."""
 
