@@ -382,25 +382,38 @@ def test_an_extension_that_fails_behind_it_makes_the_outcome_a_failure(db: Datab
     assert entries[1]["data"]["exception"]["type"] == "RuntimeError"
 
 
-def test_an_extension_that_stops_a_subscription_makes_it_a_failure(db: Database) -> None:
-    """Strawberry hands its error to the client as a result, and to no other extension."""
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("document", ["subscription { ticks(to: 1) }", "mutation { nested }"])
+def test_an_extension_that_stops_an_operation_makes_it_a_failure(
+    document: str, early: bool, db: Database
+) -> None:
+    """Strawberry hands its error to the client as a result, and may leave our hook unfinished."""
     from strawberry.extensions import SchemaExtension
 
     class Refuse(SchemaExtension):
         def on_execute(self) -> Any:
-            raise PermissionError("not today")
+            if early:
+                raise PermissionError("not today")
             yield
+            raise PermissionError("not today")
 
     async def consume() -> list[Any]:
         schema = strawberry_schema(AuditExtension(), Refuse)
-        source: Any = await schema.subscribe("subscription { ticks(to: 1) }", None, {"db": db})
-        return [result async for result in source]
+        source: Any = await schema.stream(document, None, {"db": db})
+        results = [result async for result in source]
+        audit_log.info(action="After")
+        return results
 
     with capture_audit() as entries:
         assert "not today" in str(asyncio.run(consume()))
+        gc.collect()
+        audit_log.info(action="After")
 
-    assert events(entries) == [("ticks", "Begin"), ("ticks", "Fail")]
-    assert entries[1]["data"]["exception"]["type"] == "PermissionError"
+    begin, *_, outcome, inside, after = entries
+    assert (begin["event"], outcome["event"]) == ("Begin", "Fail")
+    assert "not today" in str(outcome["data"])
+    assert "type" not in inside
+    assert "type" not in after
 
 
 def test_a_result_that_the_client_does_not_take_was_carried_out(db: Database) -> None:

@@ -33,6 +33,7 @@ from graphql import (
     print_ast,
 )
 
+from structlog_audit.context import audit_fields, bind_audit_context, restore_audit_fields
 from structlog_audit.exclusions import Exclude
 from structlog_audit.logger import audit_log
 from structlog_audit.operation import Operation, resume
@@ -271,6 +272,24 @@ class GraphQLAuditing:
         named = self._auditing.named(raw)
         if named is not None:
             operation.action = named
+
+
+class Binding:
+    """Has the entries that resolvers make say that they came by GraphQL."""
+
+    def __init__(self) -> None:
+        self._before: Mapping[str, object] | None = None
+
+    def bind(self) -> None:
+        """Do so from now on."""
+        self._before = audit_fields()
+        bind_audit_context(type="GraphQL")
+
+    def undo(self) -> None:
+        """Bind what was bound before, in the same task or thread."""
+        if self._before is not None:
+            restore_audit_fields(self._before)
+            self._before = None
 
 
 class Run:

@@ -12,7 +12,6 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from inspect import isawaitable
 from typing import Any
 
@@ -25,10 +24,9 @@ from graphql import (
     default_field_resolver,
 )
 
-from structlog_audit.context import audit_context
 from structlog_audit.exclusions import Exclude
 from structlog_audit.operation import resume
-from structlog_audit.web._graphql import GraphQLAuditing, Run, selected, unavailable
+from structlog_audit.web._graphql import Binding, GraphQLAuditing, Run, selected, unavailable
 from structlog_audit.web._request import Ask
 
 _log = logging.getLogger("structlog_audit")
@@ -109,13 +107,13 @@ class _Extension(Extension):
         self._auditing = auditing
         self._run: Run | None = None
         self._is_decided = False
-        self._bound: AbstractContextManager[None] = audit_context(type="GraphQL")
+        self._binding = Binding()
 
     def request_started(self, context: Any) -> None:
-        self._bound.__enter__()
+        self._binding.bind()
 
     def request_finished(self, context: Any) -> None:
-        self._bound.__exit__(None, None, None)
+        self._binding.undo()
         run = self._run
         if run is not None and run.is_under_way:
             error = None if run.executed else sys.exc_info()[1]

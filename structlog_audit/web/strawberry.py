@@ -11,9 +11,8 @@ from typing import Any
 from strawberry.extensions import SchemaExtension
 from strawberry.types.execution import PreExecutionError
 
-from structlog_audit.context import audit_context
 from structlog_audit.exclusions import Exclude
-from structlog_audit.web._graphql import GraphQLAuditing, Run, select
+from structlog_audit.web._graphql import Binding, GraphQLAuditing, Run, select
 from structlog_audit.web._request import Ask
 
 
@@ -72,6 +71,7 @@ class _Extension(SchemaExtension):
     def __init__(self, auditing: GraphQLAuditing) -> None:
         self._auditing = auditing
         self._run: Run | None = None
+        self._binding = Binding()
 
     def _select(self) -> Run | None:
         context = self.execution_context
@@ -80,12 +80,26 @@ class _Extension(SchemaExtension):
         self._run = self._auditing.run(asked)
         return self._run
 
-    def _take_result(self) -> None:
+    def _stopped(self, error: BaseException) -> None:
+        if isinstance(error, GeneratorExit):
+            return  # collected, wherever that may be: Strawberry does not leave a hook
+            # when another extension's raises before its yield
+        self._binding.undo()
+        if self._run is not None:
+            self._run.error = error  # of a subscription, on_operation would not see it
+
+    def _executed(self) -> None:
         """Look at the result before other extensions mask its errors."""
+        self._binding.undo()
         result = self.execution_context.result
         if self._run is not None and result is not None:
             self._run.failed(_errors(result))
             self._run.executed = not hasattr(result, "subsequent_results")
+
+    def _over(self, error: BaseException | None) -> Run | None:
+        if not isinstance(error, GeneratorExit):
+            self._binding.undo()
+        return self._run
 
 
 class _Async(_Extension):
@@ -97,21 +111,21 @@ class _Async(_Extension):
             error = caught
             raise
         finally:
-            if self._run is not None:
-                await self._run.end(error)
+            run = self._over(error)
+            if run is not None:
+                await run.end(error)
 
     async def on_execute(self) -> AsyncIterator[None]:
         run = self._select()
-        with audit_context(type="GraphQL"):
-            if run is not None:
-                await run.begin()
-            try:
-                yield
-            except BaseException as caught:
-                if run is not None:
-                    run.error = caught  # of a subscription, on_operation would not see it
-                raise
-        self._take_result()
+        if run is not None:
+            await run.begin()
+        self._binding.bind()
+        try:
+            yield
+        except BaseException as error:
+            self._stopped(error)
+            raise
+        self._executed()
 
     async def on_stream_result(self, result: Any) -> AsyncIterator[None]:
         run = self._run
@@ -133,16 +147,21 @@ class _Sync(_Extension):
             error = caught
             raise
         finally:
-            if self._run is not None:
-                self._run.end_sync(error)
+            run = self._over(error)
+            if run is not None:
+                run.end_sync(error)
 
     def on_execute(self) -> Iterator[None]:
         run = self._select()
-        with audit_context(type="GraphQL"):
-            if run is not None:
-                run.begin_sync()
+        if run is not None:
+            run.begin_sync()
+        self._binding.bind()
+        try:
             yield
-        self._take_result()
+        except BaseException as error:
+            self._stopped(error)
+            raise
+        self._executed()
 
 
 def _errors(result: Any) -> list[Any]:
