@@ -305,7 +305,6 @@ class Run:
         self.operation = operation
         self.executed = False
         self.messages = 0
-        self.error: BaseException | None = None
         self._auditing = auditing
         self._asked = asked
         self._errors: list[GraphQLError] = []
@@ -397,7 +396,6 @@ class Run:
 
     def _judge(self, error: BaseException | None) -> BaseException | None:
         self._ended = True
-        error = self.error or error
         self._auditing.learn(self.operation, self._asked.raw)
         found: dict[str, object] = {}
         if self.is_subscription:

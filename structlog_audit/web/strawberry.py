@@ -80,14 +80,6 @@ class _Extension(SchemaExtension):
         self._run = self._auditing.run(asked)
         return self._run
 
-    def _stopped(self, error: BaseException) -> None:
-        if isinstance(error, GeneratorExit):
-            return  # collected, wherever that may be: Strawberry does not leave a hook
-            # when another extension's raises before its yield
-        self._binding.undo()
-        if self._run is not None:
-            self._run.error = error  # of a subscription, on_operation would not see it
-
     def _executed(self) -> None:
         """Look at the result before other extensions mask its errors."""
         self._binding.undo()
@@ -97,7 +89,8 @@ class _Extension(SchemaExtension):
             self._run.executed = not hasattr(result, "subsequent_results")
 
     def _over(self, error: BaseException | None) -> Run | None:
-        if not isinstance(error, GeneratorExit):
+        """Undo what on_execute left, which is not finished if another extension's hook raised."""
+        if not isinstance(error, GeneratorExit):  # closed, in whatever task that may be
             self._binding.undo()
         return self._run
 
@@ -120,11 +113,7 @@ class _Async(_Extension):
         if run is not None:
             await run.begin()
         self._binding.bind()
-        try:
-            yield
-        except BaseException as error:
-            self._stopped(error)
-            raise
+        yield
         self._executed()
 
     async def on_stream_result(self, result: Any) -> AsyncIterator[None]:
@@ -156,11 +145,7 @@ class _Sync(_Extension):
         if run is not None:
             run.begin_sync()
         self._binding.bind()
-        try:
-            yield
-        except BaseException as error:
-            self._stopped(error)
-            raise
+        yield
         self._executed()
 
 
