@@ -85,6 +85,15 @@ def _for_a_block(bind: Callable[P, None]) -> Callable[P, AbstractContextManager[
 audit_context = _for_a_block(bind_audit_context)
 
 
+def restore_audit_fields(fields: Mapping[str, object]) -> None:
+    """Bind exactly what `audit_fields` returned before.
+
+    It is for code that cannot use a `with` block: a generator that is never finished would leave
+    that one wherever it is collected, in the midst of somebody else's request.
+    """
+    _fields.set(fields)
+
+
 def clear_audit_context() -> None:
     """Remove all fields bound in this task or thread."""
     _fields.set(_EMPTY)

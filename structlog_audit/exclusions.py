@@ -17,16 +17,18 @@ from typing import Any, Literal, Protocol, TypeVar
 from structlog_audit.exceptions import AuditConfigurationError
 
 F = TypeVar("F")
-Kind = Literal["health", "public_read", "own_read", "own_write"]
+Kind = Literal["health", "public_read", "own_read", "own_write", "elsewhere"]
 KINDS: dict[str, str] = {
     "health": "a health probe",
     "public_read": "an unprivileged read of data that is not sensitive",
     "own_read": "an unprivileged read of data about the caller",
     "own_write": "an unprivileged write that touches only the caller",
+    "elsewhere": "audited by another interceptor",
 }
-"""The exclusions of the systems that we follow; a privileged caller is never left out by the last
-three."""
-READS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY"})
+"""The four exclusions of the systems that we follow; a privileged caller is never left out by the
+last three of them. And what is no exclusion, but said by whoever sees more of it: a GraphQL
+operation is no more than a POST to the HTTP middleware."""
+READS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY", "SUBSCRIPTION"})
 _ODD = re.compile(r"(^|/)\.{1,2}(/|$)|//|\\|%|[\x00-\x1f]")  # a path that may mean another one
 EXEMPT = "__audit_exempt__"
 """Attribute of a view that carries its exclusion."""
@@ -52,12 +54,14 @@ class Exclude:
     """Requests that are not audited; all that is given must fit.
 
     Args:
-        kind: which of the four exclusions it is: `health`, `public_read`, `own_read`, `own_write`.
+        kind: which of the four exclusions it is: `health`, `public_read`, `own_read`, `own_write`;
+            or `elsewhere`, for what another interceptor audits.
         reason: why, for whoever reads the report.
         path: the path, with `*` for any text.
-        method: `GET`, or several.
+        method: `GET`, or several; of GraphQL, `QUERY`, `MUTATION` or `SUBSCRIPTION`.
         route: name of the route, with `*` for any text.
-        operation: name of the GraphQL operation, with `*` for any text.
+        operation: root field of a GraphQL operation, with `*` for any text; every root field of
+            an operation must be left out. The name that the client gives it counts for nothing.
         when: called with the framework's request; tells whether it fits.
 
     Raises:
@@ -118,11 +122,11 @@ class Exclude:
     @property
     def leaves_out_privileged(self) -> bool:
         """Whether privileged callers are left out as well."""
-        return self.kind == "health"
+        return self.kind in ("health", "elsewhere")
 
     def fits(self, asked: Asked) -> bool:
         """Tell whether it fits what is asked for."""
-        if self.methods and self.operation is None and asked.method not in self.methods:
+        if self.methods and asked.method not in self.methods:
             return False
         if self.path is not None and (
             _ODD.search(asked.path) is not None or not _pattern(self.path).fullmatch(asked.path)

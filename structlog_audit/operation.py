@@ -226,6 +226,11 @@ def current_operation() -> Operation:
     return operation
 
 
+def resume(operation: Operation | None) -> None:
+    """Make an operation the current one here, where its work goes on in another task or thread."""
+    _current.set(operation)
+
+
 def _readable(data: Any) -> dict[str, Any]:
     """Copy what the body left behind; the outcome matters more than its data."""
     with contextlib.suppress(Exception):  # a foreign mapping may raise anything

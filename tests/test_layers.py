@@ -20,8 +20,8 @@ ROWS = [
     "settings testing forward",
     "web._verbose",
     "web._request audited",
-    "web._routes celery",
-    "web.asgi web.wsgi",
+    "web._routes web._graphql celery",
+    "web.asgi web.wsgi web.strawberry web.ariadne",
     "web.flask",
     "doctor demo bench _pytest",
     "cli",
@@ -82,7 +82,8 @@ def test_importing_the_package_loads_nothing_optional() -> None:
 
     roots = {name.split(".")[0] for name in modules}
     unwanted = {"requests", "tenacity", "click", "rich", "urllib3", "starlette", "django", "flask",
-                "graphql", "pytest", "hypothesis", "multiprocessing"}  # fmt: skip
+                "graphql", "strawberry", "ariadne", "pytest", "hypothesis",
+                "multiprocessing"}  # fmt: skip
     # structlog itself loads rich where it is installed
     already = {
         n.split(".")[0] for n in run_well("import sys, structlog; print(*sys.modules)").split()

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from structlog_audit import exclusions
 from structlog_audit.context import UNSET, Field, audit_context
 from structlog_audit.exceptions import AuditConfigurationError, AuditError
-from structlog_audit.exclusions import EXEMPT, Exclude
+from structlog_audit.exclusions import EXEMPT, Asked, Exclude
 from structlog_audit.logger import audit_log
 from structlog_audit.operation import Operation
 from structlog_audit.settings import Mode
@@ -151,20 +151,7 @@ class Auditing:
                 raise AuditConfigurationError(f"{name}= must be callable: it is given the request")
         if client is not None and trusted_proxies != ():
             raise AuditConfigurationError("give either client= or trusted_proxies=, not both")
-        if privileged is None and not all(
-            getattr(e, "leaves_out_privileged", True) for e in exclude
-        ):
-            raise AuditConfigurationError(
-                "who is privileged is not told, and such a caller is left out with health probes "
-                "alone",
-                hint="give privileged=, a function of the request; lambda request: False says that "
-                "nobody is",
-            )
-        if not all(isinstance(one, Exclude) for one in exclude):
-            raise AuditConfigurationError(
-                "exclude= is a list of Exclude(…)",
-                hint='exclude=[Exclude(kind="health", path="/healthz", reason="probe")]',
-            )
+        check_exclusions(exclude, privileged)
         self.exclude = tuple(exclude)
         self._who = (("user_id", user), ("company_id", company), ("service_id", service))
         self._action = action
@@ -196,24 +183,27 @@ class Auditing:
             exempt = None  # a view that is left out as a read may take writes as well
         if not self.exclude and exempt is None:
             return False
-        asked = _Asked(request, route)
+        return self.leaves_out(_Asked(request, route), exempt)
+
+    def leaves_out(self, asked: Asked, exempt: Exclude | None = None) -> bool:
+        """Tell whether what is asked for is left out, by an exclusion of its own or of ours."""
         found = exempt or next((one for one in self.exclude if self._fits(one, asked)), None)
         return found is not None and (
-            found.leaves_out_privileged or not self._is_privileged(request, found)
+            found.leaves_out_privileged or not self._is_privileged(asked.raw)
         )
 
-    def _fits(self, exclusion: Exclude, asked: _Asked) -> bool:
+    def _fits(self, exclusion: Exclude, asked: Asked) -> bool:
         try:
             return exclusion.fits(asked)
         except Exception as error:  # noqa: BLE001 - an application's condition may raise anything
             _log.error("an exclusion raised %s, and does not count", type(error).__name__)
             return False
 
-    def _is_privileged(self, request: Request, exclusion: Exclude) -> bool:
+    def _is_privileged(self, raw: Any) -> bool:
         """Tell whether somebody with privileged roles asks; who does not tell is taken for one."""
         if self._privileged is None:  # a view that is exempt: we cannot know
             return True
-        return self._ask("privileged", self._privileged, request, True) is not False
+        return self._ask("privileged", self._privileged, raw, True) is not False
 
     def operation(self, request: Request) -> Operation:
         """Return the operation of a request; it has not begun."""
@@ -221,7 +211,7 @@ class Auditing:
         route = request.route()
         if route is not None and route.template is not None:
             data["route"] = route.template
-        who = self._known(request)
+        who = self.known(request.raw)
         if "user_id" not in who:
             data["userKnown"] = False
         return audit_log.operation(action=self._named(request, route), data=data, **who)
@@ -253,7 +243,7 @@ class Auditing:
 
     def learn(self, operation: Operation, request: Request) -> None:
         """Say in the outcome what is known by now."""
-        operation.bind(**self._known(request))
+        operation.bind(**self.known(request.raw))
         route = request.route()
         if route is not None:
             if not operation.is_renamed:
@@ -261,29 +251,58 @@ class Auditing:
             if route.template is not None and isinstance(operation.data, dict):
                 operation.data.setdefault("route", route.template)
 
-    def _known(self, request: Request) -> dict[str, object]:
+    def known(self, raw: Any) -> dict[str, object]:
+        """Return what the application knows by now of who asks."""
         found = {
-            field: self._ask(field, ask, request, None)
-            for field, ask in self._who
-            if ask is not None
+            field: self._ask(field, ask, raw, None) for field, ask in self._who if ask is not None
         }
         return {field: _id(value) for field, value in found.items() if value is not None}
 
+    def named(self, raw: Any) -> str | None:
+        """Return how the application names what is done, if it does."""
+        if self._action is None:
+            return None
+        named = self._ask("action", self._action, raw, None)
+        return named if isinstance(named, str) and named else None
+
     def _named(self, request: Request, route: Route | None) -> str:
-        if self._action is not None:
-            named = self._ask("action", self._action, request, None)
-            if isinstance(named, str) and named:
-                return named
+        named = self.named(request.raw)
+        if named is not None:
+            return named
         if route is not None:
             return route.name
         return f"{request.method} {request.path[:LONGEST_PATH]}"
 
-    def _ask(self, what: str, ask: Ask, request: Request, otherwise: object) -> object:
+    def _ask(self, what: str, ask: Ask, raw: Any, otherwise: object) -> object:
         try:
-            return ask(request.raw)
+            return ask(raw)
         except Exception as error:  # noqa: BLE001 - an application's function may raise anything
             _log.error("the function for %s raised %s", what, type(error).__name__)
             return otherwise
+
+
+def check_exclusions(exclude: Sequence[Exclude], privileged: Ask | None) -> None:
+    """Make sure that exclusions can be applied.
+
+    Raises:
+        AuditConfigurationError: they cannot.
+    """
+    if not all(isinstance(one, Exclude) for one in exclude):
+        raise AuditConfigurationError(
+            "exclude= is a list of Exclude(…)",
+            hint='exclude=[Exclude(kind="health", path="/healthz", reason="probe")]',
+        )
+    if privileged is None and not all(one.leaves_out_privileged for one in exclude):
+        raise AuditConfigurationError(
+            "who is privileged is not told, and such a caller is left out with health probes alone",
+            hint="give privileged=, a function of the request; lambda request: False says that "
+            "nobody is",
+        )
+
+
+def nobody(asked: object) -> bool:
+    """Say that nobody who asks is privileged."""
+    return False
 
 
 def refused(error: AuditError, operation: Operation) -> None:
