@@ -27,6 +27,8 @@ KINDS: dict[str, str] = {
 """The exclusions of the systems that we follow; a privileged caller is never left out by the last
 three."""
 READS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY"})
+WEBSOCKET = "WEBSOCKET"
+"""What stands for the method of a WebSocket, which is no read unless an exclusion says so."""
 _ODD = re.compile(r"(^|/)\.{1,2}(/|$)|//|\\|%|[\x00-\x1f]")  # a path that may mean another one
 EXEMPT = "__audit_exempt__"
 """Attribute of a view that carries its exclusion."""
@@ -55,7 +57,8 @@ class Exclude:
         kind: which of the four exclusions it is: `health`, `public_read`, `own_read`, `own_write`.
         reason: why, for whoever reads the report.
         path: the path, with `*` for any text.
-        method: `GET`, or several.
+        method: `GET`, or several; `WEBSOCKET` for WebSockets. Without it, what leaves out reads fits
+            `GET`, `HEAD`, `OPTIONS` and `QUERY` alone, and everything else fits any method.
         route: name of the route, with `*` for any text.
         operation: name of the GraphQL operation, with `*` for any text.
         when: called with the framework's request; tells whether it fits.
@@ -73,25 +76,39 @@ class Exclude:
     when: Callable[[Any], bool] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise AuditConfigurationError(
                 f"the kind of an exclusion is one of {', '.join(KINDS)}, not {self.kind!r}"
             )
         if not isinstance(self.reason, str) or not self.reason.strip():
             raise AuditConfigurationError("an exclusion needs a reason, for who reads the report")
-        if (self.path, self.route, self.operation, self.when) == (None,) * 4:
-            raise AuditConfigurationError(
-                "an exclusion names a path, a route, a GraphQL operation or a condition",
-                hint="to leave everything out, do not install the middleware",
-            )
+        for name in ("path", "route", "operation"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise AuditConfigurationError(f"{name}= of an exclusion is text, not {value!r}")
         if self.path is not None and not self.path.startswith(("/", "*")):
             raise AuditConfigurationError(f"a path begins with /, not {self.path!r}")
         if self.when is not None and not callable(self.when):
             raise AuditConfigurationError("when= must be callable: it is given the request")
-        if self.kind in ("public_read", "own_read") and not self.methods <= READS:
+        if all(map(_says_nothing, (self.path, self.route, self.operation))) and self.when is None:
             raise AuditConfigurationError(
-                f"{self.kind} leaves out reads: {', '.join(sorted(self.methods - READS))} is none"
+                "an exclusion names a path, a route, a GraphQL operation or a condition",
+                hint="to leave everything out, do not install the middleware",
             )
+        self._check_methods()
+
+    def _check_methods(self) -> None:
+        given = (self.method,) if isinstance(self.method, str) else self.method
+        if given is not None and not (
+            isinstance(given, (tuple, list)) and given and all(map(_is_method, given))
+        ):
+            raise AuditConfigurationError(
+                f"method= of an exclusion is a method or several, not {self.method!r}",
+                hint='for example method="GET" or method=("GET", "HEAD")',
+            )
+        if self.kind in ("public_read", "own_read") and not self.methods <= READS | {WEBSOCKET}:
+            writes = ", ".join(sorted(self.methods - READS - {WEBSOCKET}))
+            raise AuditConfigurationError(f"{self.kind} leaves out reads: {writes} is none")
 
     def __str__(self) -> str:
         words = [
@@ -116,13 +133,18 @@ class Exclude:
         return frozenset(method.upper() for method in given)
 
     @property
+    def _is_by_operation(self) -> bool:
+        """Whether only the kind tells of methods: queries of GraphQL are reads and come by POST."""
+        return self.operation is not None and self.method is None
+
+    @property
     def spares_privileged(self) -> bool:
         """Whether it leaves privileged callers out as well."""
         return self.kind == "health"
 
     def fits(self, asked: Asked) -> bool:
         """Tell whether it fits what is asked for."""
-        if self.methods and self.operation is None and asked.method not in self.methods:
+        if self.methods and asked.method not in self.methods and not self._is_by_operation:
             return False
         if self.path is not None and (
             _ODD.search(asked.path) is not None or not _pattern(self.path).fullmatch(asked.path)
@@ -164,8 +186,12 @@ _in_force = _InForce()
 
 
 def register(place: str, exclusions: Iterable[Exclude]) -> None:
-    """Take note of exclusions, for the report and the digest."""
-    _in_force.places[place] = tuple(exclusions)
+    """Take note of exclusions, for the report and the digest.
+
+    What was noted at the same place before stays: two interceptors of a kind may be in force.
+    """
+    known = {str(one): one for one in _in_force.places.get(place, ())}
+    _in_force.places[place] = tuple({**known, **{str(one): one for one in exclusions}}.values())
     text = "\n".join(sorted(f"{place}: {line}" for place, line in listed()))
     digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
     _in_force.digest = digest if text else None
@@ -179,6 +205,15 @@ def listed() -> list[tuple[str, str]]:
 def digest() -> str | None:
     """Return a digest of the exclusions in force, or None without any."""
     return _in_force.digest
+
+
+def _says_nothing(pattern: str | None) -> bool:
+    """Tell whether a pattern is missing, or fits everything."""
+    return pattern is None or ("*" in pattern and not pattern.strip("/*")) or not pattern
+
+
+def _is_method(method: object) -> bool:
+    return isinstance(method, str) and method.isalpha()
 
 
 @lru_cache(maxsize=1_000)

@@ -163,7 +163,9 @@ class Auditing:
     def excludes(self, request: Request) -> bool:
         """Tell whether the request is left out of auditing."""
         route = request.route()
-        exempt = None if route is None else getattr(route.view, EXEMPT, None)
+        exempt: Exclude | None = None if route is None else getattr(route.view, EXEMPT, None)
+        if exempt is not None and exempt.methods and request.method not in exempt.methods:
+            exempt = None
         if not self.exclude and exempt is None:
             return False
         asked = _Asked(request, route)
@@ -198,10 +200,10 @@ class Auditing:
 
     def learn(self, operation: Operation, request: Request) -> None:
         """Say in the outcome what is known by now."""
-        operation.bind(**self._known(request))
+        operation._learn(**self._known(request))
         route = request.route()
         if route is not None:
-            operation.action = self._named(request, route)
+            operation._learn(action=self._named(request, route))
             if route.template is not None and isinstance(operation.data, dict):
                 operation.data.setdefault("route", route.template)
 

@@ -23,7 +23,7 @@ from structlog_audit.web._request import (
     Route,
     refused,
 )
-from structlog_audit.web._routes import route_of
+from structlog_audit.web._routes import route_of, router_of, strangers
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -36,7 +36,10 @@ _HEADERS = [(name.encode(), value.encode()) for name, value in PROBLEM_HEADERS]
 _TRY_AGAIN_LATER = 1013
 """RFC 6455's registry of close codes."""
 _INTERNAL_ERROR = 1011
+_NO_CODE = 1005
 _ABNORMAL = 1006
+_GONE = "the client has gone"
+_BODY = ("http.response.body", "http.response.zerocopysend", "http.response.pathsend")
 
 
 class AuditMiddleware:
@@ -71,6 +74,8 @@ class AuditMiddleware:
         client: ClientAddress | None = None,
     ) -> None:
         self.app = app
+        self._router = router_of(app)
+        self._compared = False
         self._auditing = Auditing(
             "ASGI", exclude=exclude, user=user, company=company, service=service, action=action,
             privileged=privileged, trusted_proxies=trusted_proxies, client=client,
@@ -81,7 +86,9 @@ class AuditMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        request = _Request(scope)
+        request = _Request(scope, self._router)
+        if not self._compared:
+            self._compare(scope)
         with self._auditing.context(request):
             if self._auditing.excludes(request):
                 await self.app(scope, receive, send)
@@ -95,31 +102,57 @@ class AuditMiddleware:
                 refused(error, operation)
                 await exchange.refuse()
                 return
-            await exchange.run(self.app)
+            try:
+                await exchange.run(self.app)
+            finally:
+                operation._leave()  # its outcome may have been recorded in another task
+
+    def _compare(self, scope: Scope) -> None:
+        """Warn of exclusions that fit no route; once, when the first request is there."""
+        self._compared = True
+        try:
+            router = self._router or scope.get("app")
+            found = strangers(self._auditing.exclude, router, scope.get("root_path") or "")
+        except Exception:  # noqa: BLE001 - a foreign router; it is a warning that we miss
+            return
+        for exclusion in found:
+            _log.warning("an exclusion fits no route of the application: %s", exclusion)
 
 
 class _Request:
     """A scope as all interceptors see it."""
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, router: Any) -> None:
         self.raw = scope
         is_http = scope["type"] == "http"
         self.type = "REST" if is_http else "WebSocket"
-        self.method: str = scope["method"].upper() if is_http else "GET"
-        self.path: str = scope.get("path", "")
+        # whatever its handshake was: an exclusion of reads does not fit what goes both ways
+        self.method: str = scope["method"].upper() if is_http else "WEBSOCKET"
+        self.path: str = scope.get("path") or ""
         client = scope.get("client")
-        self.peer: str | None = client[0] if client else None
+        peer = client[0] if client else None
+        self.peer: str | None = peer if isinstance(peer, str) else None
+        self._router = router
+        self._as_it_came = {**scope}  # routers change it
         self._route: Route | None = None
 
     def headers(self) -> Iterable[tuple[str, str]]:
         return [
             (name.decode("latin-1").lower(), value.decode("latin-1"))
-            for name, value in self.raw.get("headers", ())
+            for name, value in self._as_it_came.get("headers") or ()
         ]
 
     def route(self) -> Route | None:
         if self._route is None:
-            self._route = route_of(self.raw)
+            told = {
+                key: self.raw[key]
+                for key in ("app", "route_handler", "path_template")
+                if key in self.raw
+            }
+            try:
+                self._route = route_of({**told, **self._as_it_came}, self._router)
+            except Exception as error:  # noqa: BLE001 - a number of 5,000 digits, no such route
+                _log.debug("no route is known: %s", type(error).__name__)
         return self._route
 
 
@@ -151,8 +184,11 @@ class _Exchange:
         except BaseException as error:
             if self._replaced and isinstance(error, Exception):
                 return
-            self.over(error)
-            await self.end(error)
+            told = self.over(error)
+            try:
+                await self.end(error if told else None)
+            except AuditError as lost:  # the application's own error must not be replaced by ours
+                self._lost(lost)
             raise
         self.over(None)
         await self.end(None)
@@ -163,9 +199,19 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         raise NotImplementedError
 
-    def over(self, error: BaseException | None) -> None:
-        """Judge how it went when the application has returned or raised."""
+    def over(self, error: BaseException | None) -> bool:
+        """Judge how it went when the application has returned or raised.
+
+        Returns:
+            Whether the error belongs into the outcome.
+        """
         raise NotImplementedError
+
+    def add(self, **data: object) -> None:
+        """Add to what the outcome carries; what the application put there stays."""
+        if isinstance(self.operation.data, dict):
+            for key, value in data.items():
+                self.operation.data.setdefault(key, value)
 
     async def end(self, error: BaseException | None) -> None:
         """Record the outcome, once.
@@ -178,14 +224,17 @@ class _Exchange:
         self._ended = True
         operation = self.operation
         self.auditing.learn(operation, self.request)
-        if isinstance(operation.data, dict):
-            operation.data["durationMs"] = round((perf_counter() - self._start) * 1000, 3)
+        self.add(durationMs=round((perf_counter() - self._start) * 1000, 3))
         try:
             await operation.__aexit__(None if error is None else type(error), error, None)
         except AuditError as lost:
             if operation.durable:
                 raise
-            _log.error("the outcome of operation %s is lost: %s", operation.operation_id, lost)
+            self._lost(lost)
+
+    def _lost(self, error: AuditError) -> None:
+        identity = self.operation.operation_id
+        _log.error("the outcome of operation %s is lost: %s", identity, error)
 
 
 class _Http(_Exchange):
@@ -193,6 +242,10 @@ class _Http(_Exchange):
 
     _status: int | None = None
     _gone = False
+    _is_received = False
+    """Whether the application has got all of the request's body."""
+    _left: int | None = None
+    """Bytes of the response's body that are to come, where it said so."""
     _held: Message | None = None
     """The start of the response, while the outcome is to be durable before it leaves."""
 
@@ -205,28 +258,49 @@ class _Http(_Exchange):
         message = await self._receive()
         if message["type"] == "http.disconnect":
             self._gone = True
+        elif message["type"] == "http.request" and not message.get("more_body", False):
+            self._is_received = True
         return message
 
     async def send(self, message: Message) -> None:
         kind = message["type"]
+        if self._replaced:
+            return  # an error handler's response: there is one already
         if kind == "http.response.start":
             self._status = message["status"]
-            if self.operation.durable:
+            self._left = _length(message)
+            if self.operation.durable and not self._ended:
                 self._held = message
                 return
-        is_last = kind == "http.response.pathsend" or (
-            kind in ("http.response.body", "http.response.zerocopysend")
-            and not message.get("more_body", False)
-        )
-        if is_last and self.operation.durable and not self._ended:
+        if kind in _BODY:
+            await self._send_body(message)
+        else:
+            await self._pass_on(message)
+
+    async def _send_body(self, message: Message) -> None:
+        is_last = message["type"].endswith("pathsend") or not message.get("more_body", False)
+        if self.operation.durable and not self._ended and (is_last or self._completes(message)):
             await self._end_first()
         if self._held is not None:
             held, self._held = self._held, None
-            await self._send(held)
-        await self._send(message)
+            await self._pass_on(held)
+        await self._pass_on(message)
         if is_last and not self._ended:
             self._judge()
             await self.end(None)
+
+    def _completes(self, message: Message) -> bool:
+        """Tell whether a client has the whole response when it has this part."""
+        if self._left is not None:
+            self._left -= len(message.get("body", b""))
+        return self._left is not None and self._left <= 0
+
+    async def _pass_on(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except OSError:  # what servers raise when the client has gone, since ASGI 2.4
+            self._gone = True
+            raise
 
     async def _end_first(self) -> None:
         """Have the outcome on record before the response, or its last part, leaves."""
@@ -234,30 +308,43 @@ class _Http(_Exchange):
         try:
             await self.end(None)
         except AuditError as error:
-            refused(error, self.operation)
+            self._lost(error)
             if self._held is None:
                 raise
             self._held, self._replaced = None, True
             await self.refuse()
             raise _Replaced from error
 
-    def over(self, error: BaseException | None) -> None:
+    def over(self, error: BaseException | None) -> bool:
         if self._ended:
-            return
+            return False
         if self._gone and (error is None or isinstance(error, Exception)):
-            self.operation.abandon("the client has gone")
+            self.operation.abandon(_GONE)
         elif error is None:
             self.operation.fail("the application gave no complete response")
-        self._add_status()
+        if self._status is None and not self._gone and isinstance(error, Exception):
+            self._status = 500  # what servers, and frameworks around us, answer
+        self.add(**self._facts())
+        return True
 
     def _judge(self) -> None:
-        if self._status is not None and self._status >= 500:
+        if self._gone and not self._is_received:
+            self.operation.abandon(_GONE)
+        elif self._status is not None and self._status >= 500:
             self.operation.fail(f"status {self._status}")
-        self._add_status()
+        self.add(**self._facts())
 
-    def _add_status(self) -> None:
-        if self._status is not None and isinstance(self.operation.data, dict):
-            self.operation.data.setdefault("status", self._status)
+    def _facts(self) -> dict[str, object]:
+        facts: dict[str, object] = {} if self._status is None else {"status": self._status}
+        return {**facts, "clientGone": True} if self._gone else facts
+
+
+def _length(start: Message) -> int | None:
+    """Return the length of a response's body, where its start gives it."""
+    for name, value in start.get("headers") or ():
+        if name.lower() == b"content-length" and value.isdigit():
+            return int(value[:20])
+    return None
 
 
 class _Replaced(Exception):
@@ -270,6 +357,8 @@ class _WebSocket(_Exchange):
     _accepted = False
     _status: int | None = None
     _code: int | None = None
+    _left = False
+    """Whether the client closed it, or broke the connection."""
     _received = 0
     _sent = 0
 
@@ -288,32 +377,55 @@ class _WebSocket(_Exchange):
         if message["type"] == "websocket.receive":
             self._received += 1
         elif message["type"] == "websocket.disconnect":
-            self._code = message.get("code", 1005) if self._code is None else self._code
+            self._leave(message.get("code") or _NO_CODE)
         return message
 
     async def send(self, message: Message) -> None:
         kind = message["type"]
+        try:
+            await self._send(message)
+        except OSError:  # what servers raise when the client has gone, since ASGI 2.4
+            self._leave(_ABNORMAL)
+            raise
         if kind == "websocket.accept":
             self._accepted = True
         elif kind == "websocket.send":
             self._sent += 1
         elif kind == "websocket.close" and self._code is None:
-            self._code = message.get("code", 1000)
+            self._code = message.get("code") or 1000
         elif kind == "websocket.http.response.start":
             self._status = message["status"]
-        await self._send(message)
 
-    def over(self, error: BaseException | None) -> None:
-        data = self.operation.data
-        if isinstance(data, dict):
-            data.update(received=self._received, sent=self._sent)
-            if not self._accepted:
-                data["status"] = self._status or 403  # what a server answers to a close before it
-            elif self._code is not None:
-                data["closeCode"] = self._code
-        if error is not None:
-            return
-        if self._code == _ABNORMAL:
+    def _leave(self, code: int) -> None:
+        if self._code is None:
+            self._code, self._left = code, True
+
+    def over(self, error: BaseException | None) -> bool:
+        is_error = isinstance(error, Exception)
+        is_farewell = self._left and is_error and getattr(error, "code", None) == self._code
+        if self._accepted:
+            if self._code is None and is_error:
+                self._code = _INTERNAL_ERROR  # what servers close it with
+            self.add(received=self._received, sent=self._sent)
+            if self._code is not None:
+                self.add(closeCode=self._code)
+        elif not self._left:
+            self.add(status=self._refusal())
+        self._judge(is_error and not is_farewell)
+        return not is_farewell
+
+    def _refusal(self) -> int:
+        """Return the status with which it was not accepted."""
+        if self._status is not None:
+            return self._status
+        return 500 if self._code is None else 403  # what servers answer without, or with, a close
+
+    def _judge(self, is_broken: bool) -> None:
+        if self._left and (self._code == _ABNORMAL or not self._accepted):
             self.operation.abandon("the connection broke")
-        elif self._code == _INTERNAL_ERROR:
+        elif is_broken:
+            return
+        elif self._accepted and self._code == _INTERNAL_ERROR and not self._left:
             self.operation.fail(f"close code {self._code}")
+        elif not self._accepted and self._refusal() >= 500:
+            self.operation.fail(f"status {self._refusal()}")
