@@ -21,9 +21,7 @@ class Uvicorn:
     """uvicorn at a port that the system chose."""
 
     def __init__(self, app: Any, **options: Any) -> None:
-        config = uvicorn.Config(
-            app, port=0, log_config=None, ws="websockets-sansio", **options
-        )
+        config = uvicorn.Config(app, port=0, log_config=None, ws="websockets-sansio", **options)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()

@@ -163,9 +163,7 @@ class Auditing:
     def excludes(self, request: Request) -> bool:
         """Tell whether the request is left out of auditing."""
         route = request.route()
-        exempt: Exclude | None = None if route is None else getattr(route.view, EXEMPT, None)
-        if exempt is not None and exempt.methods and request.method not in exempt.methods:
-            exempt = None
+        exempt = None if route is None else _exemption(route.view, request.method)
         if not self.exclude and exempt is None:
             return False
         asked = _Asked(request, route)
@@ -235,6 +233,16 @@ class Auditing:
 def refused(error: AuditError, operation: Operation) -> None:
     """Log that a request was refused because it could not be recorded."""
     _log.error("a request was refused: its Begin could not be recorded: %s", error)
+
+
+def _exemption(view: Any, method: str) -> Exclude | None:
+    """Return the exclusion that a view carries itself, where it fits the method."""
+    # what a class inherits was given for another one
+    carrying = vars(view) if isinstance(view, type) else {EXEMPT: getattr(view, EXEMPT, None)}
+    exempt: Exclude | None = carrying.get(EXEMPT)
+    if exempt is not None and exempt.methods and method not in exempt.methods:
+        return None
+    return exempt
 
 
 def _or_unset(text: str | None) -> Field:

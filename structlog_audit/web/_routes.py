@@ -102,7 +102,9 @@ def _quart(app: Any, scope: Mapping[str, Any]) -> Route | None:
     headers = dict(scope.get("headers") or ())
     is_socket = scope["type"] == "websocket"
     scheme = scope.get("scheme", "http")
-    host = headers.get(b"host", b"").decode("latin-1").removesuffix(f":{_DEFAULT_PORTS.get(scheme)}")
+    host = (
+        headers.get(b"host", b"").decode("latin-1").removesuffix(f":{_DEFAULT_PORTS.get(scheme)}")
+    )
     adapter = app.url_map.bind(host or "localhost", url_scheme=scheme)
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     rule, _ = adapter.match(
@@ -141,11 +143,9 @@ def _listed(routes: Sequence[Any], above: str, depth: int) -> Iterator[Known]:
         inner = getattr(route, "routes", None)
         if inner and depth < _DEEPEST:
             yield from _listed(inner, path, depth + 1)
-        yield (
-            _with_stars(path) + ("*" if hasattr(route, "routes") else ""),
-            name,
-            frozenset(methods) if methods else None,
-        )
+        is_opaque = hasattr(route, "routes") and not inner  # static files, a foreign application
+        pattern = _with_stars(path) + ("/*" if is_opaque else "")
+        yield pattern, name, frozenset(methods) if methods else None
 
 
 def _with_stars(template: str) -> str:
@@ -158,9 +158,9 @@ def _may_fit(
 ) -> bool:
     if one.methods and methods is not None and not one.methods & methods:
         return False
-    return (
-        one.path is None or _overlap(one.path, path) or _overlap(one.path, root + path)
-    ) and (one.route is None or _overlap(one.route, name or ""))
+    return (one.path is None or _overlap(one.path, path) or _overlap(one.path, root + path)) and (
+        one.route is None or _overlap(one.route, name or "")
+    )
 
 
 def _overlap(one: str, other: str) -> bool:
