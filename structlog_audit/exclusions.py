@@ -57,8 +57,8 @@ class Exclude:
         kind: which of the four exclusions it is: `health`, `public_read`, `own_read`, `own_write`.
         reason: why, for whoever reads the report.
         path: the path, with `*` for any text.
-        method: `GET`, or several; `WEBSOCKET` for WebSockets. Without it, what leaves out reads fits
-            `GET`, `HEAD`, `OPTIONS` and `QUERY` alone, and everything else fits any method.
+        method: `GET`, or several; `WEBSOCKET` for WebSockets. Without it, what leaves out reads
+            fits `GET`, `HEAD`, `OPTIONS` and `QUERY` alone, and everything else fits any method.
         route: name of the route, with `*` for any text.
         operation: name of the GraphQL operation, with `*` for any text.
         when: called with the framework's request; tells whether it fits.

@@ -117,7 +117,8 @@ def http_scope(path: str = "/orders", **more: Any) -> dict[str, Any]:
     """Return what a server makes of a request."""
     return {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1",
-        "method": "GET", "scheme": "http", "path": path, "raw_path": path.encode("utf-8", "replace"),
+        "method": "GET", "scheme": "http", "path": path, "raw_path": path.encode(errors="replace"),
+
         "query_string": b"", "root_path": "", "headers": [(b"host", b"shop")],
         "client": ("192.0.2.7", 4711), "server": ("127.0.0.1", 80), "extensions": {}, **more,
     }  # fmt: skip

@@ -69,8 +69,12 @@ def test_an_exclusion_that_makes_no_sense_is_refused(given: dict[str, Any]) -> N
         Exclude(**{"kind": "health", "reason": "probe", **given})
 
 
-@pytest.mark.parametrize("given", [{"path": "*"}, {"path": "/*"}, {"path": "/**/*"}, {"route": "*"},
-                                   {"operation": "*"}, {"path": "/*", "route": "*"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [{"path": "*"}, {"path": "/*"}, {"path": "/**/*"}, {"route": "*"}, {"operation": "*"},
+     {"path": "/*", "route": "*"}],
+    ids=str,
+)  # fmt: skip
 def test_an_exclusion_of_everything_is_refused(given: dict[str, Any]) -> None:
     """A star that was meant for less leaves everything out, and nobody notices."""
     with pytest.raises(AuditConfigurationError, match="names a path"):
@@ -111,8 +115,9 @@ def test_a_path_fits_its_pattern_and_nothing_else(pattern: str, path: str, fits:
 
 @pytest.mark.parametrize(
     "path",
-    ["/static/../admin", "/static/./x", "/static/..", "/static//admin", "//static/x", "/static/%2e%2e/x",
-     "/static/a%2fb", "/static/..\\admin", "/static/a\x00b", "/static/a\nb", "/static/../", "/static/."],
+    ["/static/../admin", "/static/./x", "/static/..", "/static//admin", "//static/x",
+     "/static/%2e%2e/x", "/static/a%2fb", "/static/..\\admin", "/static/a\x00b", "/static/a\nb",
+     "/static/../", "/static/."],
 )  # fmt: skip
 def test_a_path_that_may_mean_another_is_never_left_out(path: str) -> None:
     """What the file system, a proxy or a router makes of it is not ours to guess."""

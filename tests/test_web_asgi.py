@@ -25,7 +25,7 @@ from running import HANG, eventually
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from structlog_audit import FileSink, audit_log, current_operation
+from structlog_audit import audit_log, current_operation
 from structlog_audit.exclusions import Exclude
 from structlog_audit.testing import FailingSink, capture_audit
 from structlog_audit.web.asgi import AuditMiddleware
@@ -486,7 +486,7 @@ def test_a_websocket_whose_application_raises_has_failed(server: Any, entries: l
     assert last["data"]["exception"]["type"] == "LookupError"
 
 
-def test_a_websocket_that_breaks_has_the_code_that_the_server_gives_it(
+def test_a_websocket_that_breaks_has_the_code_that_the_server_gives(
     server: Any, entries: list[Entry]
 ) -> None:
     """The other end is gone without a word."""
@@ -560,11 +560,10 @@ def test_a_read_exclusion_leaves_out_a_websocket_only_by_name(
     server: Any, entries: list[Entry]
 ) -> None:
     """What goes both ways is no read, unless somebody says that it is."""
-    quiet = {"kind": "public_read", "reason": "prices"}
     options = [
-        Exclude(path="/*feed", **quiet),
-        Exclude(path="/ticker", method="WEBSOCKET", **quiet),
-    ]  # type: ignore[arg-type]
+        Exclude(kind="public_read", path="/*feed", reason="prices"),
+        Exclude(kind="public_read", path="/ticker", method="WEBSOCKET", reason="prices"),
+    ]
     with serving(audited(echoes, exclude=options), server) as running:
         with feed(running, "/feed"):
             pass

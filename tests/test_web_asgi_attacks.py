@@ -61,9 +61,7 @@ def test_a_scope_without_client_headers_and_extensions_is_served(entries: list[E
     assert {entry.get("remoteAddress") for entry in outcomes(entries, 4)} == {None}
 
 
-@pytest.mark.parametrize(
-    "path", ["/" + "a" * 10_000, "/\ud800\udfff", "", "/\x00\n", "/" + "9" * 9]
-)
+@pytest.mark.parametrize("path", ["/" + "a" * 10_000, "/\ud800\udfff", "", "/\x00\n", "//", "*"])
 def test_a_path_of_any_length_and_kind_is_served_and_recorded(
     entries: list[Entry], path: str
 ) -> None:

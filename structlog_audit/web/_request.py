@@ -77,6 +77,7 @@ class Request(Protocol):
 
     def headers(self) -> Iterable[tuple[str, str]]:
         """Return names in lower case, and values; repeated ones too."""
+        ...
 
     def route(self) -> Route | None:
         """Return what is known of the route by now."""

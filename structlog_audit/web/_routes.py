@@ -7,7 +7,7 @@ raises or is not understood, no route is known: nothing is left out of auditing 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from structlog_audit.exclusions import Exclude
@@ -17,7 +17,6 @@ _FULL = 2
 """`starlette.routing.Match.FULL`."""
 _DEEPEST = 32
 """Middlewares around a router, and routers within routers."""
-_DEFAULT_PORTS = {"http": "80", "ws": "80", "https": "443", "wss": "443"}
 
 
 def router_of(app: Any) -> Any:
@@ -78,15 +77,14 @@ def _is_starlette(router: Any) -> bool:
 def _starlette(
     routes: Iterable[Any], scope: Mapping[str, Any], above: str, depth: int
 ) -> Route | None:
-    for route in routes:
-        match, child = route.matches(scope)
+    for candidate in routes:
+        match, child = candidate.matches(scope)
         if getattr(match, "value", None) != _FULL:
             continue
-        endpoint = child.get("endpoint")
-        while hasattr(route, "include_context"):  # FastAPI 0.137 and later keep included routers
+        route = candidate
+        while hasattr(route, "include_context"):  # newer FastAPI keeps included routers as they are
             _, child, taken, context = route._match({**scope})
             route = (getattr(context, "starlette_route", None) or context) if context else taken
-            endpoint = child.get("endpoint")
         template = above + _path(route)
         inner = getattr(route, "routes", None)
         if inner and depth < _DEEPEST:
@@ -94,19 +92,16 @@ def _starlette(
             if found is not None:
                 return found
         name = getattr(route, "operation_id", None) or getattr(route, "name", None)
-        return Route(name or template or "/", template, endpoint)
+        return Route(name or template or "/", template, child.get("endpoint"))
     return None
 
 
 def _quart(app: Any, scope: Mapping[str, Any]) -> Route | None:
     headers = dict(scope.get("headers") or ())
     is_socket = scope["type"] == "websocket"
-    scheme = scope.get("scheme", "http")
-    host = (
-        headers.get(b"host", b"").decode("latin-1").removesuffix(f":{_DEFAULT_PORTS.get(scheme)}")
-    )
-    adapter = app.url_map.bind(host or "localhost", url_scheme=scheme)
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    host = headers.get(b"host", b"localhost").decode("latin-1")
+    adapter = app.url_map.bind(host, url_scheme=scope.get("scheme", "http"))
+    path = scope["path"].removeprefix(scope.get("root_path") or "")
     rule, _ = adapter.match(
         path, "GET" if is_socket else scope["method"], return_rule=True, websocket=is_socket
     )
@@ -166,7 +161,7 @@ def _may_fit(
 def _overlap(one: str, other: str) -> bool:
     """Tell whether a text exists that fits both patterns."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def meet(i: int, j: int) -> bool:
         if i == len(one) or j == len(other):
             return not (one[i:] + other[j:]).strip("*")
