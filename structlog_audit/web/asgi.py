@@ -33,6 +33,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _log = logging.getLogger("structlog_audit")
 
 _HEADERS = [(name.encode(), value.encode()) for name, value in PROBLEM_HEADERS]
+_DENIAL = [pair for pair in _HEADERS if pair[0] != b"content-length"]
+"""Some versions of uvicorn add the length to a denied handshake by themselves."""
 _TRY_AGAIN_LATER = 1013
 """RFC 6455's registry of close codes."""
 _INTERNAL_ERROR = 1011
@@ -278,7 +280,7 @@ class _Http(_Exchange):
             await self._pass_on(message)
 
     async def _send_body(self, message: Message) -> None:
-        is_last = message["type"].endswith("pathsend") or not message.get("more_body", False)
+        is_last = not message.get("more_body", False)  # pathsend has none
         if self.operation.durable and not self._ended and (is_last or self._completes(message)):
             await self._end_first()
         if self._held is not None:
@@ -366,7 +368,7 @@ class _WebSocket(_Exchange):
         """Close it before it is accepted, with a response where the server takes one."""
         await self._receive()  # websocket.connect
         if "websocket.http.response" in (self.request.raw.get("extensions") or {}):
-            start = {"type": "websocket.http.response.start", "status": 503, "headers": _HEADERS}
+            start = {"type": "websocket.http.response.start", "status": 503, "headers": _DENIAL}
             await self._send(start)
             await self._send({"type": "websocket.http.response.body", "body": PROBLEM})
         else:
