@@ -413,7 +413,7 @@ class _WebSocket(_Exchange):
                 self.add(closeCode=self._code)
         elif not self._left:
             self.add(status=self._refusal())
-        self._judge(is_error and not is_farewell)
+        self._judge(is_error)
         return not is_farewell
 
     def _refusal(self) -> int:
