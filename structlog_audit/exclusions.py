@@ -29,6 +29,8 @@ KINDS: dict[str, str] = {
 last three of them. And what is no exclusion, but said by whoever sees more of it: a GraphQL
 operation is no more than a POST to the HTTP middleware."""
 READS = frozenset({"GET", "HEAD", "OPTIONS", "QUERY", "SUBSCRIPTION"})
+WEBSOCKET = "WEBSOCKET"
+"""What stands for the method of a WebSocket, which is no read unless an exclusion says so."""
 _ODD = re.compile(r"(^|/)\.{1,2}(/|$)|//|\\|%|[\x00-\x1f]")  # a path that may mean another one
 EXEMPT = "__audit_exempt__"
 """Attribute of a view that carries its exclusion."""
@@ -58,7 +60,9 @@ class Exclude:
             or `elsewhere`, for what another interceptor audits.
         reason: why, for whoever reads the report.
         path: the path, with `*` for any text.
-        method: `GET`, or several; of GraphQL, `QUERY`, `MUTATION` or `SUBSCRIPTION`.
+        method: `GET`, or several; `WEBSOCKET` for WebSockets; of GraphQL, `QUERY`, `MUTATION` or
+            `SUBSCRIPTION`. Without it, what leaves out reads fits `GET`, `HEAD`, `OPTIONS`, `QUERY`
+            and `SUBSCRIPTION` alone, and everything else fits any method.
         route: name of the route, with `*` for any text.
         operation: root field of a GraphQL operation, with `*` for any text; every root field of
             an operation must be left out. The name that the client gives it counts for nothing.
@@ -77,25 +81,40 @@ class Exclude:
     when: Callable[[Any], bool] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise AuditConfigurationError(
                 f"the kind of an exclusion is one of {', '.join(KINDS)}, not {self.kind!r}"
             )
         if not isinstance(self.reason, str) or not self.reason.strip():
             raise AuditConfigurationError("an exclusion needs a reason, for who reads the report")
-        if (self.path, self.route, self.operation, self.when) == (None,) * 4:
-            raise AuditConfigurationError(
-                "an exclusion names a path, a route, a GraphQL operation or a condition",
-                hint="to leave everything out, do not install the middleware",
-            )
+        for name in ("path", "route", "operation"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise AuditConfigurationError(f"{name}= of an exclusion is text, not {value!r}")
         if self.path is not None and not self.path.startswith(("/", "*")):
             raise AuditConfigurationError(f"a path begins with /, not {self.path!r}")
         if self.when is not None and not callable(self.when):
             raise AuditConfigurationError("when= must be callable: it is given the request")
-        if self.kind in ("public_read", "own_read") and not self.methods <= READS:
+        is_open = _says_nothing(self.operation) and not (self.operation and self.methods)
+        if is_open and all(map(_says_nothing, (self.path, self.route))) and self.when is None:
             raise AuditConfigurationError(
-                f"{self.kind} leaves out reads: {', '.join(sorted(self.methods - READS))} is none"
+                "an exclusion names a path, a route, a GraphQL operation or a condition",
+                hint="to leave everything out, do not install the middleware",
             )
+        self._check_methods()
+
+    def _check_methods(self) -> None:
+        given = (self.method,) if isinstance(self.method, str) else self.method
+        if given is not None and not (
+            isinstance(given, (tuple, list)) and given and all(map(_is_method, given))
+        ):
+            raise AuditConfigurationError(
+                f"method= of an exclusion is a method or several, not {self.method!r}",
+                hint='for example method="GET" or method=("GET", "HEAD")',
+            )
+        if self.kind in ("public_read", "own_read") and not self.methods <= READS | {WEBSOCKET}:
+            writes = ", ".join(sorted(self.methods - READS - {WEBSOCKET}))
+            raise AuditConfigurationError(f"{self.kind} leaves out reads: {writes} is none")
 
     def __str__(self) -> str:
         words = [
@@ -170,10 +189,10 @@ _in_force = _InForce()
 def register(place: str, exclusions: Iterable[Exclude]) -> None:
     """Take note of exclusions, for the report and the digest.
 
-    One place may be configured several times, as by two applications: none hides another's.
+    What was noted at the same place before stays: two interceptors of a kind may be in force.
     """
-    known = _in_force.places.get(place, ())
-    _in_force.places[place] = known + tuple(one for one in exclusions if one not in known)
+    known = {str(one): one for one in _in_force.places.get(place, ())}
+    _in_force.places[place] = tuple({**known, **{str(one): one for one in exclusions}}.values())
     text = "\n".join(sorted(f"{place}: {line}" for place, line in listed()))
     digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
     _in_force.digest = digest if text else None
@@ -187,6 +206,15 @@ def listed() -> list[tuple[str, str]]:
 def digest() -> str | None:
     """Return a digest of the exclusions in force, or None without any."""
     return _in_force.digest
+
+
+def _says_nothing(pattern: str | None) -> bool:
+    """Tell whether a pattern is missing, or fits everything."""
+    return pattern is None or ("*" in pattern and not pattern.strip("/*")) or not pattern
+
+
+def _is_method(method: object) -> bool:
+    return isinstance(method, str) and method.isalpha()
 
 
 @lru_cache(maxsize=1_000)

@@ -57,8 +57,8 @@ class Operation:
         self._entered = False
         self._verdict: Kind | None = None
         self._reason: str | None = None
-        self._renamed = False
         self._around: Operation | None = None
+        self._said: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<Operation {self.operation_id}>"
@@ -70,13 +70,8 @@ class Operation:
 
     @action.setter
     def action(self, action: str) -> None:
+        self._said.add("action")
         self._entry["action"] = action
-        self._renamed = True
-
-    @property
-    def is_renamed(self) -> bool:
-        """Whether somebody has named it better."""
-        return self._renamed
 
     @property
     def is_judged(self) -> bool:
@@ -92,7 +87,12 @@ class Operation:
         unknown = fields.keys() - _CARRIED
         if unknown:
             raise AuditEntryError(f"{', '.join(sorted(unknown))}: no field that can be bound")
+        self._said.update(fields)
         self._entry.update(fields)
+
+    def _learn(self, **fields: object) -> None:
+        """Take over what an interceptor found out; what the body said itself stands."""
+        self._entry.update({k: v for k, v in fields.items() if k not in self._said})
 
     def fail(self, reason: str) -> None:
         """Make the outcome a `Fail` although the body does not raise."""
@@ -161,6 +161,11 @@ class Operation:
     def _become_current(self) -> None:
         self._around = _current.get()
         _current.set(self)
+
+    def _leave(self) -> None:
+        """Be current no longer, where the outcome was recorded in another task."""
+        if _current.get() is self:
+            _current.set(self._around)
 
     def _is_awaited(self, error: BaseException | None) -> bool:
         return self.durable and (error is None or isinstance(error, Exception))

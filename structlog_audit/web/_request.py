@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import perf_counter
@@ -178,9 +178,7 @@ class Auditing:
     def excludes(self, request: Request) -> bool:
         """Tell whether the request is left out of auditing."""
         route = request.route()
-        exempt = None if route is None else getattr(route.view, EXEMPT, None)
-        if exempt is not None and exempt.methods and request.method not in exempt.methods:
-            exempt = None  # a view that is left out as a read may take writes as well
+        exempt = None if route is None else _exemption(route.view, request.method)
         if not self.exclude and exempt is None:
             return False
         return self.leaves_out(_Asked(request, route), exempt)
@@ -243,11 +241,10 @@ class Auditing:
 
     def learn(self, operation: Operation, request: Request) -> None:
         """Say in the outcome what is known by now."""
-        operation.bind(**self.known(request.raw))
+        operation._learn(**self.known(request.raw))
         route = request.route()
         if route is not None:
-            if not operation.is_renamed:
-                operation.action = self._named(request, route)
+            operation._learn(action=self._named(request, route))
             if route.template is not None and isinstance(operation.data, dict):
                 operation.data.setdefault("route", route.template)
 
@@ -348,8 +345,23 @@ def lost(error: AuditError, operation: Operation) -> None:
 
 
 def _id(value: object) -> object:
-    """Return an id as the field of an entry takes it: an UUID, for example, as a text."""
-    return value if isinstance(value, (str, int)) and not isinstance(value, bool) else str(value)
+    """Return an id as the field of an entry takes it: an UUID, for example, as a text.
+
+    What is no id stays as it is, and the entry is refused.
+    """
+    kind = type(value)
+    has_text = kind.__str__ is not object.__str__ and not isinstance(value, (bool, Collection))
+    return str(value) if has_text and not isinstance(value, (str, int)) else value
+
+
+def _exemption(view: Any, method: str) -> Exclude | None:
+    """Return the exclusion that a view carries itself, where it fits the method."""
+    # what a class inherits was given for another one
+    carrying = vars(view) if isinstance(view, type) else {EXEMPT: getattr(view, EXEMPT, None)}
+    exempt: Exclude | None = carrying.get(EXEMPT)
+    if exempt is not None and exempt.methods and method not in exempt.methods:
+        return None
+    return exempt
 
 
 def _or_unset(text: str | None) -> Field:
