@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from structlog_audit import AuditConfigurationError, Settings, doctor
-from structlog_audit.testing import capture_audit
+from structlog_audit.testing import FailingSink, capture_audit
 from structlog_audit.web._verbose import LIMIT, Transcript, Verbosity
 
 VERBOSE = "verbose_including_cid"
@@ -189,3 +189,74 @@ def test_a_request_is_in_the_outcome_in_full(
     assert outcome["data"]["request"]["query"]["x"] == "1"
     assert outcome["data"]["response"]["body"]["ok"] == 1
     assert "hunter2" not in str(outcome)
+
+
+def test_an_asgi_request_is_in_the_outcome_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In as many parts as it comes, and the application streams all the same."""
+    import asyncio
+
+    from structlog_audit.web.asgi import AuditMiddleware
+
+    monkeypatch.setenv("AUDIT_LOG_MODE", VERBOSE)
+    sent: list[Any] = []
+    parts = [b'{"password": "hunter2",', b'"name": "ada"}']
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        head = [(b"Content-Type", b"text/plain"), (b"Set-Cookie", b"a=hunter2")]
+        await send({"type": "http.response.start", "status": 201, "headers": head})
+        await send({"type": "http.response.body", "body": b"one ", "more_body": True})
+        assert len(sent) == 2
+        await send({"type": "http.response.body", "body": b"two"})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/login", "query_string": b"token=hunter2",
+        "client": ("10.0.0.1", 1), "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    with capture_audit() as entries:
+        asyncio.run(AuditMiddleware(app)(scope, receive, send))
+
+    announced, begin, outcome = entries
+    assert announced["action"] == "AuditModeVerbose"
+    assert "request" not in begin["data"]
+    assert outcome["data"]["request"]["body"]["name"] == "ada"
+    assert outcome["data"]["response"]["body"] == "one two"
+    assert outcome["data"]["response"]["status"] == 201
+    assert "hunter2" not in str(outcome)
+
+
+def test_a_request_is_refused_when_the_mode_cannot_be_announced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And announced with the next one that can be recorded."""
+    import asyncio
+
+    from structlog_audit.web.asgi import AuditMiddleware
+
+    monkeypatch.setenv("AUDIT_LOG_MODE", VERBOSE)
+    called: list[bool] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        called.append(True)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    middleware = AuditMiddleware(app)
+    with capture_audit(FailingSink()):
+        asyncio.run(middleware(scope, send, send))  # type: ignore[arg-type]
+    assert not called
+    assert sent[0]["status"] == 503
+    with capture_audit() as entries:
+        asyncio.run(middleware(scope, send, send))  # type: ignore[arg-type]
+    assert entries[0]["action"] == "AuditModeVerbose"
+    assert called
