@@ -6,7 +6,7 @@ import contextlib
 import logging
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Protocol
@@ -101,6 +101,15 @@ class Operation:
     def abandon(self, reason: str) -> None:
         """Make the outcome an `Abandon`: the operation was not carried to its end."""
         self._verdict, self._reason = "Abandon", reason
+
+    @contextlib.contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Have it not complain that it was never entered, if the block raises."""
+        try:
+            yield
+        except BaseException:
+            self._entered = True
+            raise
 
     def __enter__(self) -> Operation:
         self._enter_once()

@@ -221,14 +221,16 @@ class Auditing:
             AuditError: it is not, and the request must not be carried out.
         """
         if not self._verbosity.is_announced:
-            audit_log.info(**self._verbosity.announcement())
+            with operation.discarded_on_error():
+                audit_log.info(**self._verbosity.announcement())
             self._verbosity.is_announced = True
         operation.__enter__()
 
     async def abegin(self, operation: Operation) -> None:
         """Have the Begin on record like `begin`, without blocking the event loop."""
         if not self._verbosity.is_announced:
-            await audit_log.ainfo(**self._verbosity.announcement())
+            with operation.discarded_on_error():
+                await audit_log.ainfo(**self._verbosity.announcement())
             self._verbosity.is_announced = True
         await operation.__aenter__()
 
