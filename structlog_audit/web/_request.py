@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from time import perf_counter
+from types import TracebackType
 from typing import Any, Protocol
 
 from structlog_audit import exclusions
@@ -77,6 +79,7 @@ class Request(Protocol):
 
     def headers(self) -> Iterable[tuple[str, str]]:
         """Return names in lower case, and values; repeated ones too."""
+        ...
 
     def route(self) -> Route | None:
         """Return what is known of the route by now."""
@@ -163,7 +166,7 @@ class Auditing:
     def excludes(self, request: Request) -> bool:
         """Tell whether the request is left out of auditing."""
         route = request.route()
-        exempt = None if route is None else getattr(route.view, EXEMPT, None)
+        exempt = _exempt(request, route)
         if not self.exclude and exempt is None:
             return False
         asked = _Asked(request, route)
@@ -228,6 +231,82 @@ class Auditing:
         except Exception as error:  # noqa: BLE001 - an application's function may raise anything
             _log.error("the function for %s raised %s", what, type(error).__name__)
             return otherwise
+
+
+def _exempt(request: Request, route: Route | None) -> Exclude | None:
+    """Return the exclusion that a view carries, if it is meant for the method."""
+    found: Exclude | None = None if route is None else getattr(route.view, EXEMPT, None)
+    if found is not None and found.methods and request.method not in found.methods:
+        return None
+    return found
+
+
+class Ending:
+    """Ends the operation of a request, once.
+
+    Attributes:
+        operation: it has begun, or is about to.
+        ended: whether its outcome was handed over.
+    """
+
+    def __init__(self, auditing: Auditing, operation: Operation, request: Request) -> None:
+        self.operation = operation
+        self.ended = False
+        self._auditing = auditing
+        self._request = request
+        self._start = perf_counter()
+
+    def add_status(self, status: int | None) -> None:
+        """Say in the outcome with which status the request was answered."""
+        if status is not None and isinstance(self.operation.data, dict):
+            self.operation.data.setdefault("status", status)
+
+    def judge(self, status: int | None) -> None:
+        """Make the outcome a `Fail` for a status of 500 and above."""
+        if status is not None and status >= 500:
+            self.operation.fail(f"status {status}")
+        self.add_status(status)
+
+    def end(self, error: BaseException | None) -> None:
+        """Record the outcome, if it is the first.
+
+        Raises:
+            AuditError: the outcome was to be durable, and is not.
+        """
+        if self._is_first():
+            try:
+                self.operation.__exit__(*_told(error))
+            except AuditError as lost:
+                self._lose(lost)
+
+    async def aend(self, error: BaseException | None) -> None:
+        """Record the outcome like `end`, without blocking the event loop."""
+        if self._is_first():
+            try:
+                await self.operation.__aexit__(*_told(error))
+            except AuditError as lost:
+                self._lose(lost)
+
+    def _is_first(self) -> bool:
+        if self.ended:
+            return False
+        self.ended = True
+        self._auditing.learn(self.operation, self._request)
+        if isinstance(self.operation.data, dict):
+            self.operation.data["durationMs"] = round((perf_counter() - self._start) * 1000, 3)
+        return True
+
+    def _lose(self, lost: AuditError) -> None:
+        operation = self.operation
+        if operation.durable:
+            raise lost
+        _log.error("the outcome of operation %s is lost: %s", operation.operation_id, lost)
+
+
+def _told(
+    error: BaseException | None,
+) -> tuple[type[BaseException] | None, BaseException | None, TracebackType | None]:
+    return None if error is None else type(error), error, None
 
 
 def refused(error: AuditError, operation: Operation) -> None:

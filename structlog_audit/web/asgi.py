@@ -6,9 +6,7 @@ request. Lifespan passes through.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
-from time import perf_counter
 from typing import Any
 
 from structlog_audit.exceptions import AuditError
@@ -20,6 +18,7 @@ from structlog_audit.web._request import (
     PROBLEM_HEADERS,
     Ask,
     Auditing,
+    Ending,
     Route,
     refused,
 )
@@ -30,7 +29,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-_log = logging.getLogger("structlog_audit")
 
 _HEADERS = [(name.encode(), value.encode()) for name, value in PROBLEM_HEADERS]
 _TRY_AGAIN_LATER = 1013
@@ -136,13 +134,11 @@ class _Exchange:
         receive: Receive,
         send: Send,
     ) -> None:
-        self.auditing = auditing
         self.operation = operation
         self.request = request
         self._receive = receive
         self._send = send
-        self._start = perf_counter()
-        self._ended = False
+        self._ending = Ending(auditing, operation, request)
 
     async def run(self, app: App) -> None:
         """Call the application, and record what became of it."""
@@ -152,10 +148,10 @@ class _Exchange:
             if self._replaced and isinstance(error, Exception):
                 return
             self.over(error)
-            await self.end(error)
+            await self._ending.aend(error)
             raise
         self.over(None)
-        await self.end(None)
+        await self._ending.aend(None)
 
     async def receive(self) -> Message:
         raise NotImplementedError
@@ -166,26 +162,6 @@ class _Exchange:
     def over(self, error: BaseException | None) -> None:
         """Judge how it went when the application has returned or raised."""
         raise NotImplementedError
-
-    async def end(self, error: BaseException | None) -> None:
-        """Record the outcome, once.
-
-        Raises:
-            AuditError: the outcome was to be durable, and is not.
-        """
-        if self._ended:
-            return
-        self._ended = True
-        operation = self.operation
-        self.auditing.learn(operation, self.request)
-        if isinstance(operation.data, dict):
-            operation.data["durationMs"] = round((perf_counter() - self._start) * 1000, 3)
-        try:
-            await operation.__aexit__(None if error is None else type(error), error, None)
-        except AuditError as lost:
-            if operation.durable:
-                raise
-            _log.error("the outcome of operation %s is lost: %s", operation.operation_id, lost)
 
 
 class _Http(_Exchange):
@@ -218,21 +194,21 @@ class _Http(_Exchange):
             kind in ("http.response.body", "http.response.zerocopysend")
             and not message.get("more_body", False)
         )
-        if is_last and self.operation.durable and not self._ended:
+        if is_last and self.operation.durable and not self._ending.ended:
             await self._end_first()
         if self._held is not None:
             held, self._held = self._held, None
             await self._send(held)
         await self._send(message)
-        if is_last and not self._ended:
-            self._judge()
-            await self.end(None)
+        if is_last and not self._ending.ended:
+            self._ending.judge(self._status)
+            await self._ending.aend(None)
 
     async def _end_first(self) -> None:
         """Have the outcome on record before the response, or its last part, leaves."""
-        self._judge()
+        self._ending.judge(self._status)
         try:
-            await self.end(None)
+            await self._ending.aend(None)
         except AuditError as error:
             refused(error, self.operation)
             if self._held is None:
@@ -242,22 +218,13 @@ class _Http(_Exchange):
             raise _Replaced from error
 
     def over(self, error: BaseException | None) -> None:
-        if self._ended:
+        if self._ending.ended:
             return
         if self._gone and (error is None or isinstance(error, Exception)):
             self.operation.abandon("the client has gone")
         elif error is None:
             self.operation.fail("the application gave no complete response")
-        self._add_status()
-
-    def _judge(self) -> None:
-        if self._status is not None and self._status >= 500:
-            self.operation.fail(f"status {self._status}")
-        self._add_status()
-
-    def _add_status(self) -> None:
-        if self._status is not None and isinstance(self.operation.data, dict):
-            self.operation.data.setdefault("status", self._status)
+        self._ending.add_status(self._status)
 
 
 class _Replaced(Exception):
