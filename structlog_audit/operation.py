@@ -6,7 +6,7 @@ import contextlib
 import logging
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Protocol
@@ -180,6 +180,21 @@ _CARRIED = frozenset({"action", "operation_id", "app", "user_id", "company_id", 
                       "trace_id", "span_id"})  # fmt: skip
 
 _current: ContextVar[Operation | None] = ContextVar("audit_log_operation", default=None)
+
+
+@contextlib.contextmanager
+def resumed(operation: Operation | None) -> Iterator[None]:
+    """Have an operation be the current one for the length of a block, or with None, no operation.
+
+    It is for what an operation does elsewhere than within its `with` block: a response that streams
+    is produced after the middleware has returned it.
+    """
+    before = _current.get()
+    _current.set(operation)
+    try:
+        yield
+    finally:
+        _current.set(before)
 
 
 class _Nobody:
