@@ -48,6 +48,11 @@ class Gate:
         return JsonResponse({}, status=401)
 
 
+def old_fashioned(get_response: Callable[..., Any]) -> Callable[..., Any]:
+    """A middleware that knows only threads."""
+    return lambda request: get_response(request)
+
+
 def about(request: HttpRequest, **parts: str) -> JsonResponse:
     return JsonResponse({})
 
@@ -100,12 +105,16 @@ def log_out(request: HttpRequest) -> JsonResponse:
 
 
 def stream(request: HttpRequest) -> StreamingHttpResponse:
+    current_operation().durable = "durable" in request.GET
+
     def pieces() -> Iterator[bytes]:
         for number in range(3):
             audit_log.info(action="Piece", data={"current": current_operation().operation_id})
             if "broken" in request.GET and number:
                 raise ValueError("no more")
             yield b"piece "
+        while "endless" in request.GET:  # more than any buffer between here and the reader takes
+            yield FILE
 
     return StreamingHttpResponse(pieces(), status=int(request.GET.get("status", 200)))
 
