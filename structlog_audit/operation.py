@@ -208,6 +208,21 @@ _CARRIED = frozenset({"action", "operation_id", "app", "user_id", "company_id", 
 _current: ContextVar[Operation | None] = ContextVar("audit_log_operation", default=None)
 
 
+@contextlib.contextmanager
+def resumed(operation: Operation | None) -> Iterator[None]:
+    """Have an operation be the current one for the length of a block, or with None, no operation.
+
+    It is for what an operation does elsewhere than within its `with` block: a response that streams
+    is produced after the middleware has returned it.
+    """
+    before = _current.get()
+    _current.set(operation)
+    try:
+        yield
+    finally:
+        _current.set(before)
+
+
 class _Nobody:
     """Whoever calls for an operation that is none."""
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import perf_counter
+from types import TracebackType
 from typing import Any, Protocol
 
 from structlog_audit import exclusions
@@ -344,6 +345,74 @@ def lost(error: AuditError, operation: Operation) -> None:
     if operation.durable:
         raise error
     _log.error("the outcome of operation %s is lost: %s", operation.operation_id, error)
+
+
+class Ending:
+    """Ends the operation of a request, once.
+
+    Attributes:
+        operation: it has begun, or is about to.
+        ended: whether its outcome was handed over.
+        transcript: where request and response are noted in full, or None.
+    """
+
+    def __init__(
+        self,
+        auditing: Auditing,
+        operation: Operation,
+        request: Request,
+        transcript: Transcript | None = None,
+    ) -> None:
+        self.operation = operation
+        self.ended = False
+        self.transcript = transcript
+        self._auditing = auditing
+        self._request = request
+        self._start = perf_counter()
+
+    def add_status(self, status: int | None) -> None:
+        """Say in the outcome with which status the request was answered."""
+        if status is not None and isinstance(self.operation.data, dict):
+            self.operation.data.setdefault("status", status)
+
+    def judge(self, status: int | None) -> None:
+        """Make the outcome a `Fail` for a status of 500 and above."""
+        judge(self.operation, status)
+
+    def end(self, error: BaseException | None) -> None:
+        """Record the outcome, if it is the first.
+
+        Raises:
+            AuditError: the outcome was to be durable, and is not.
+        """
+        if self._is_first():
+            try:
+                self.operation.__exit__(*_told(error))
+            except AuditError as unrecorded:
+                lost(unrecorded, self.operation)
+
+    async def aend(self, error: BaseException | None) -> None:
+        """Record the outcome like `end`, without blocking the event loop."""
+        if self._is_first():
+            try:
+                await self.operation.__aexit__(*_told(error))
+            except AuditError as unrecorded:
+                lost(unrecorded, self.operation)
+
+    def _is_first(self) -> bool:
+        if self.ended:
+            return False
+        self.ended = True
+        self._auditing.learn(self.operation, self._request)
+        add_duration(self.operation, self._start)
+        add_transcript(self.operation, self.transcript)
+        return True
+
+
+def _told(
+    error: BaseException | None,
+) -> tuple[type[BaseException] | None, BaseException | None, TracebackType | None]:
+    return None if error is None else type(error), error, None
 
 
 def _id(value: object) -> object:
