@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self.connect() as connection:
+        with closing(self.connect()) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("CREATE TABLE effects (name, id, operation, sequence)")
 
@@ -52,17 +53,14 @@ class Database:
     def write(self, name: str, number: int = 0) -> int:
         operation = current_operation()
         begun = -1 if operation.receipt is None else operation.receipt.sequence
-        connection = self.connect()
         row = (name, number, operation.operation_id, begun)
-        connection.execute("INSERT INTO effects VALUES (?, ?, ?, ?)", row)
-        connection.close()
+        with closing(self.connect()) as connection:
+            connection.execute("INSERT INTO effects VALUES (?, ?, ?, ?)", row)
         return number
 
     def rows(self) -> list[tuple[Any, ...]]:
-        connection = self.connect()
-        rows = connection.execute("SELECT * FROM effects").fetchall()
-        connection.close()
-        return rows
+        with closing(self.connect()) as connection:
+            return connection.execute("SELECT * FROM effects").fetchall()
 
     def names(self) -> list[str]:
         return [row[0] for row in self.rows()]
