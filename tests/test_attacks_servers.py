@@ -34,7 +34,7 @@ from structlog_audit import (
     SeqSink,
     SinkError,
 )
-from structlog_audit.sinks import _exchange, combine
+from structlog_audit.sinks import _delivery, _exchange, combine
 from structlog_audit.sinks import http as http_module
 from structlog_audit.testing import MemorySink
 
@@ -809,7 +809,8 @@ def test_the_handshake_has_what_connecting_left_of_the_deadline(
 
     monkeypatch.setattr(_exchange, "_Socket", Slow)
     monkeypatch.setattr(_exchange, "monotonic", clock)
-    monkeypatch.setattr(http_module, "time", SimpleNamespace(monotonic=clock, time=time.time))
+    for module in (http_module, _delivery):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, time=time.time))
     context = certificates.good.server_context()
     with ScriptedServer([scripted.on_connect_silence()], tls=context) as server:
         begun = time.monotonic()

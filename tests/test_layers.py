@@ -13,7 +13,7 @@ import structlog_audit
 ROWS = [
     "exceptions _version values context chain sinks.__init__ sinks._base sinks._durable",
     "entry alarm helper disk exclusions sinks._key sinks._exchange web._client",
-    "formats sinks._address web.__init__",
+    "formats sinks._address sinks._delivery web.__init__",
     "call commit cursor sinks.file sinks.console sinks.http sinks.combine",
     "session processors operation sinks.seq spool",
     "handler logger bare_post",

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, suppress
@@ -22,12 +21,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
 from structlog_audit.chain import identity, line_hash
-from structlog_audit.exceptions import (
-    AuditConfigurationError,
-    LineRefused,
-    Persisted,
-    SinkError,
-)
+from structlog_audit.exceptions import AuditConfigurationError, LineRefused, SinkError
 from structlog_audit.formats import clef, otlp, rejected
 from structlog_audit.sinks._address import (
     check_certificates,
@@ -36,6 +30,7 @@ from structlog_audit.sinks._address import (
     checked_url,
     shown,
 )
+from structlog_audit.sinks._delivery import HINTS, REFUSED, Attempt, Delivery, hint_for
 from structlog_audit.sinks._key import Key
 
 if TYPE_CHECKING:
@@ -57,19 +52,6 @@ HEALTH_TIMEOUT = 3.0
 MAX_EVENT_BYTES = 256 * 1024
 MAX_PAYLOAD_BYTES = 10 * 2**20
 """Seq's limits in its default configuration: 256 KiB an event, 10 MiB a request."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
-"""Seconds between repetitions: doubled each time, and spread at random (full jitter)."""
-
-_REFUSED = frozenset({400, 413, 422})  # for what is in the request
-_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})  # the same may work later
-_NOT_STORED = frozenset({401, 403, 404, 405, 406, 411, 415, 429})  # whatever the server
-_HINTS = {
-    401: "the server wants a key: set api_key= or AUDIT_SERVER_API_KEY",
-    403: "the key is wrong, may not ingest, or the port is not for ingestion: check the key",
-    404: "there is no such page: check the URL; it names the server, not its page",
-    405: "the page takes no POST: check the URL",
-    415: "the server does not take this format: choose another one",
-}
 
 
 class HttpSink:
@@ -193,7 +175,7 @@ class HttpSink:
                 self._entry_problem(end) if self._asks else None
             )
         except NoAnswer as error:
-            problem = f"it cannot be reached: {error.reason}", _hint_for(error.reason)
+            problem = f"it cannot be reached: {error.reason}", hint_for(error.reason)
         if problem is not None:
             raise SinkError(f"{self!r}: {problem[0]}", persisted="no", hint=problem[1])
 
@@ -202,7 +184,7 @@ class HttpSink:
             status = client.get(self._health or self.url, end).status
         if self._health is None or status < 300:
             return None
-        return f"its health page {shown(self._health)} answers {status}", _HINTS.get(status)
+        return f"its health page {shown(self._health)} answers {status}", HINTS.get(status)
 
     def _entry_problem(self, end: float) -> Problem | None:
         problem: Problem | None = None
@@ -217,11 +199,11 @@ class HttpSink:
     def _problem_of(self, answer: Answer) -> Problem | None:
         status = answer.status
         if status in self.confirm:
-            problem = self._verdict(answer, ())
+            problem = self.verdict(answer, ())
             return None if problem is None else (problem, None)
-        if status in _REFUSED or status == 429:  # of a request without entries, that says nothing
+        if status in REFUSED or status == 429:  # of a request without entries, that says nothing
             return None
-        return f"it answers {status} to a request without entries", _HINTS.get(status)
+        return f"it answers {status} to a request without entries", HINTS.get(status)
 
     def open(self, session: str) -> None:
         """Do nothing: the connection is made with the first request, and kept."""
@@ -233,7 +215,7 @@ class HttpSink:
             LineRefused: it refuses one of them.
             SinkError: it did not confirm them.
         """
-        attempt = _Attempt(time.monotonic() + self.timeout)
+        attempt = Attempt(time.monotonic() + self.timeout)
         events = self._events(lines)
         start = 0
         try:
@@ -292,7 +274,7 @@ class HttpSink:
             body = gzip.compress(body, mtime=0)  # a repetition has the same bytes
         return body
 
-    def _other_page(self) -> bool:
+    def other_page(self) -> bool:
         """Turn to the page of older servers, or back; tell whether that was worth a try."""
         if len(self._pages) < 2:
             return False
@@ -303,14 +285,14 @@ class HttpSink:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_client": None, "on_sent": None}
 
-    def _rejects(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
+    def rejects(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
         """Return why a confirming answer refuses the only line, or None."""
         if self.format == "otlp" and len(lines) == 1 and answer.status != 409:
             with suppress(ValueError):
                 return "the server rejects the record" if rejected(answer.body) else None
         return None
 
-    def _verdict(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
+    def verdict(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
         """Return why an answer confirms nothing, or None if it confirms."""
         if answer.status == 409:
             return None if _names(answer.body, lines[-1]) else "409 for something else"
@@ -318,7 +300,7 @@ class HttpSink:
             return _otlp_verdict(answer.body)
         return None if self._accept is None else self._accept(answer.body)
 
-    def _connected(self) -> Client:
+    def connected(self) -> Client:
         if self._client is None:
             self._client = self._new_client(self.page)
         return self._client
@@ -367,7 +349,7 @@ class HttpSink:
             delivered=0, hint="lower max_entry_bytes, and big values are cut to fit",
         )  # fmt: skip
 
-    def _deliver(self, lines: Sequence[bytes], events: Sequence[bytes], attempt: _Attempt) -> None:
+    def _deliver(self, lines: Sequence[bytes], events: Sequence[bytes], attempt: Attempt) -> None:
         """Post events; in halves if the server refuses them for what is in them."""
         refused = self._post(lines, events, attempt)
         if refused is None:
@@ -388,7 +370,7 @@ class HttpSink:
             raise
 
     def _post(
-        self, lines: Sequence[bytes], events: Sequence[bytes], attempt: _Attempt
+        self, lines: Sequence[bytes], events: Sequence[bytes], attempt: Attempt
     ) -> str | None:
         """Post events, again and again while it may help.
 
@@ -405,178 +387,13 @@ class HttpSink:
         except SinkError as error:
             raise SinkError(f"{self!r}: {error.reason}", persisted="no") from None
         before = attempt.doubt
-        refused = _Delivery(self, lines, headers, body, attempt).run()
+        refused = Delivery(self, lines, headers, body, attempt).run()
         if refused is None:  # what was in doubt on the way is confirmed
             attempt.doubt = before
         return refused
 
 
 _NO_LINE = "it is no line that an AuditHandler writes"
-
-
-class _Attempt:
-    """What is known of one call of `write`.
-
-    Attributes:
-        end: when to give up, on the monotonic clock.
-        doubt: whether lines may be stored that nobody confirmed.
-    """
-
-    def __init__(self, end: float) -> None:
-        self.end = end
-        self.doubt = False
-
-
-class _Again(Exception):
-    """What an attempt came to, if another one may come to something else."""
-
-    def __init__(self, problem: str, *, pause: float | None = None) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.pause = pause
-
-
-class _Delivery:
-    """One request, and its repetitions."""
-
-    def __init__(
-        self,
-        sink: HttpSink,
-        lines: Sequence[bytes],
-        headers: Mapping[str, str],
-        body: bytes,
-        attempt: _Attempt,
-    ) -> None:
-        self._sink = sink
-        self._lines = lines
-        self._headers = headers
-        self._body = body
-        self._of = attempt
-        self._end = attempt.end
-        self._fate: Persisted = "no"
-        self._doubt: str | None = None  # why it is not known, when it was not the first time
-
-    def run(self) -> str | None:
-        """Post until it is decided, or the time is over.
-
-        Returns:
-            None when the lines are confirmed, or why the server refuses what is in them.
-
-        Raises:
-            SinkError: they are not confirmed.
-        """
-        try:
-            return self._attempt()
-        except _Again as again:
-            first = again
-        try:
-            return self._repeat(first)
-        except _Again as again:
-            problem = again.problem
-        if self._doubt not in (None, problem):
-            problem = f"{problem} (before that, with the request under way: {self._doubt})"
-        raise self._failure(f"{problem}; no confirmation within {self._sink.timeout:g} s")
-
-    def _repeat(self, first: _Again) -> str | None:
-        """Go on after a first attempt, which costs no more than it has to."""
-        from tenacity import Retrying, retry_if_exception_type
-
-        made = [first]
-
-        def attempt() -> str | None:
-            if made:
-                raise made.pop()
-            return self._attempt()
-
-        retrying = Retrying(
-            retry=retry_if_exception_type(_Again), wait=_pause, stop=self._is_too_late,
-            reraise=True,
-        )  # fmt: skip
-        return retrying(attempt)
-
-    def _is_too_late(self, state: Any) -> bool:
-        return time.monotonic() + float(state.upcoming_sleep) >= self._end
-
-    def _attempt(self) -> str | None:
-        from structlog_audit.sinks._exchange import NoAnswer
-
-        sink = self._sink
-        try:
-            answer = sink._connected().post(self._body, self._headers, self._end, sink.on_sent)
-        except NoAnswer as error:
-            missing = error
-        else:
-            return self._weigh(answer)
-        if missing.sent:
-            self._doubtful(missing.reason)
-        if missing.untrusted:
-            raise self._failure(missing.reason)
-        raise _Again(missing.reason, pause=0.0 if missing.stale else None)
-
-    def _doubtful(self, why: str) -> None:
-        """Take note that the lines may be stored, and that nobody confirmed it."""
-        self._fate, self._doubt = "unknown", self._doubt or why
-        self._of.doubt = True
-
-    def _weigh(self, answer: Answer) -> str | None:
-        status = answer.status
-        problem = f"the server answers {status}"
-        if status in self._sink.confirm:
-            return self._weigh_confirmation(answer)
-        if status in _REFUSED:
-            return f"the server refuses the entry with {status}"
-        if status not in _NOT_STORED:
-            self._doubtful(problem)
-        if 200 <= status < 300:
-            problem += ", which confirms nothing"
-        if status == 404 and self._sink._other_page():
-            raise _Again(problem, pause=0.0)
-        if status in _BUSY:
-            raise _Again(problem, pause=_retry_after(answer.headers))
-        if 300 <= status < 400:
-            problem = f"{problem}, a redirect, which is not followed"
-        raise self._failure(problem, _HINTS.get(status))
-
-    def _weigh_confirmation(self, answer: Answer) -> str | None:
-        if not answer.asked:
-            problem = f"the server answers {answer.status} to a part of the request"
-            self._doubtful(problem)
-            raise _Again(problem)
-        refused = self._sink._rejects(answer, self._lines)
-        if refused is not None:
-            return refused
-        wrong = self._sink._verdict(answer, self._lines)
-        if wrong is None:
-            return None
-        self._doubtful(wrong)
-        raise self._failure(wrong)
-
-    def _failure(self, problem: str, hint: str | None = None) -> SinkError:
-        return SinkError(
-            f"{self._sink!r}: {problem}", persisted=self._fate, hint=hint or _hint_for(problem)
-        )
-
-
-def _pause(state: Any) -> float:
-    again = state.outcome.exception()
-    if again.pause is not None:
-        return float(again.pause)
-    most = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(state.attempt_number, 10))
-    return random.uniform(0, most)  # noqa: S311 - spreads callers, keeps no secret
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of a `Retry-After`, which may be a date (RFC 9110, 10.2.3)."""
-    text = headers.get("Retry-After", "").strip()
-    if text.isascii() and text.isdigit():
-        return max(FIRST_PAUSE, float(text[:9]))
-    import email.utils  # slow to import, and rarely needed
-
-    try:
-        when = email.utils.parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return max(FIRST_PAUSE, when - time.time())
 
 
 def _names(body: bytes, line: bytes) -> bool:
@@ -596,23 +413,3 @@ def _otlp_verdict(body: bytes) -> str | None:
     except ValueError:
         return "the answer is no OTLP answer"
     return f"the server rejected {count} of the records" if count else None
-
-
-_WORDS = {
-    "certificate has expired": "have it renewed; is this machine's clock right?",
-    "not valid for": "the certificate is for another host: check the host in the URL",
-    "mismatch": "the certificate is for another host: check the host in the URL",
-    "certificate is not trusted": "name the authority's certificate with ca= or AUDIT_SERVER_CA",
-    "certificate required": "the server wants our certificate: client_cert= and client_key=, or "
-    "AUDIT_SERVER_CLIENT_CERT and AUDIT_SERVER_CLIENT_KEY",
-    "looked up": "check the host name in the URL",
-    "refused": "is the server running, and is the port right?",
-    "SSL": "does the server speak TLS there, and does it want a certificate of ours? "
-    "check https or http, and the port",
-    "closed": "does the server want TLS there? check https or http, and the port",
-}
-"""Hints, by words of the problem; the first that fits counts."""
-
-
-def _hint_for(problem: str) -> str | None:
-    return next((hint for words, hint in _WORDS.items() if words in problem), None)

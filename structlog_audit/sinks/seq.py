@@ -66,7 +66,7 @@ class SeqSink(HttpSink):
         self._health = f"{base}/health"
         self._asks = self._whole = True
 
-    def _verdict(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
+    def verdict(self, answer: Answer, lines: Sequence[bytes]) -> str | None:
         try:
             said = orjson.loads(answer.body)
             level = said.get("MinimumLevelAccepted")
