@@ -63,9 +63,8 @@ def asgi() -> Any:
 
 def wsgi() -> Any:
     """Return the WSGI application."""
-    from structlog_audit.web.wsgi import AuditMiddleware
-
     from structlog_audit import audit_log
+    from structlog_audit.web.wsgi import AuditMiddleware
 
     kind = _configure()
 
