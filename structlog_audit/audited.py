@@ -16,7 +16,12 @@ Data = Mapping[str, object] | Callable[..., Mapping[str, object]]
 
 
 def audited(
-    *, action: str | None = None, data: Data | None = None, type: str | None = None
+    function: None = None,
+    /,
+    *,
+    action: str | None = None,
+    data: Data | None = None,
+    type: str | None = None,
 ) -> Callable[[F], F]:
     """Audit every call of a function, sync or async, as an operation.
 
@@ -32,6 +37,11 @@ def audited(
         AuditConfigurationError: an argument is unusable, or what is decorated is no function, or a
             generator: it runs when nobody waits for it any more.
     """
+    if function is not None:
+        raise AuditConfigurationError(
+            "@audited is used without parentheses, or with a text",
+            hint='write @audited(action="…")',
+        )
     if action is not None and not (isinstance(action, str) and action):
         raise AuditConfigurationError("action= is a text: @audited(action='InvoiceDelete')")
     if data is not None and not (callable(data) or isinstance(data, Mapping)):

@@ -11,7 +11,7 @@ from typing import Any
 import celery
 from celery.exceptions import Ignore, Reject, Retry
 
-from structlog_audit.context import audit_context, audit_fields
+from structlog_audit.context import audit_context, audit_fields, operation_fields
 from structlog_audit.logger import audit_log
 
 CONTEXT = "audit_context"
@@ -33,7 +33,8 @@ class AuditedTask(celery.Task):  # type: ignore[misc]
         self, args: Any = None, kwargs: Any = None, *positional: Any, **options: Any
     ) -> Any:
         """Send the task, and along with it who asks."""
-        fields = {name: value for name, value in audit_fields().items() if name in _CARRIED}
+        known = {**dict(operation_fields()), **audit_fields()}
+        fields = {name: value for name, value in known.items() if name in _CARRIED}
         if fields:
             options["headers"] = {**(options.get("headers") or {}), CONTEXT: fields}
         return super().apply_async(args, kwargs, *positional, **options)

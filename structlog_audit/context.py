@@ -10,13 +10,41 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Final, ParamSpec
+from typing import Any, Final, ParamSpec, Protocol
 
 P = ParamSpec("P")
 
 _EMPTY: Mapping[str, object] = {}
 # its name must not begin with "structlog_": merge_contextvars would take it for one of its own
 _fields: ContextVar[Mapping[str, object]] = ContextVar("audit_log_context", default=_EMPTY)
+
+
+WHO = ("user_id", "company_id", "service_id", "operation_id")
+"""What entries within an operation take over from it."""
+
+
+class HasFields(Protocol):
+    """An operation, as far as entries within it take over from it."""
+
+    @property
+    def fields(self) -> Mapping[str, object]:
+        """Its fields, as they are known by now."""
+        ...
+
+
+operation_under_way: ContextVar[Any] = ContextVar("audit_log_operation", default=None)
+"""The operation under way in this task or thread (`HasFields`), or None."""
+
+
+def operation_fields() -> Iterator[tuple[str, object]]:
+    """Return who acts in the operation under way, as far as that is known."""
+    operation: HasFields | None = operation_under_way.get()
+    if operation is not None:
+        fields = operation.fields
+        for name in WHO:
+            value = fields.get(name)
+            if value is not None:
+                yield name, value
 
 
 class _Unset:

@@ -248,11 +248,25 @@ def _configure_application(app: str, module: str, name: str) -> None:
             f"{app} is a coroutine function", hint="name a function that configures when called"
         )
     try:
-        configure()
+        if _takes_nothing(configure):
+            configure()
+        elif hasattr(configure, "build_middleware_stack"):  # Starlette's are made late
+            configure.build_middleware_stack()
     except AuditError:
         raise
     except (Exception, SystemExit) as error:
         raise AuditConfigurationError(f"{app} raised {type(error).__name__}: {error}") from error
+
+
+def _takes_nothing(configure: Any) -> bool:
+    """Tell a function that configures from an application, for which importing it was enough."""
+    try:
+        inspect.signature(configure).bind()
+    except TypeError:
+        return False
+    except ValueError:  # one that tells nothing of itself
+        return True
+    return True
 
 
 def _logging_handler() -> AuditHandler:

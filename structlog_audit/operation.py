@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from structlog_audit.call import receipt_of
+from structlog_audit.context import operation_under_way
 from structlog_audit.entry import Kind, Receipt
 from structlog_audit.exceptions import AuditEntryError
 from structlog_audit.values import exception_data
@@ -62,6 +63,11 @@ class Operation:
 
     def __repr__(self) -> str:
         return f"<Operation {self.operation_id}>"
+
+    @property
+    def fields(self) -> Mapping[str, object]:
+        """What its entries say, as far as it is known by now."""
+        return self._entry
 
     @property
     def action(self) -> object:
@@ -205,7 +211,7 @@ _CARRIED = frozenset({"action", "operation_id", "app", "user_id", "company_id", 
                       "client_ip", "remote_address", "forwarded_for", "type", "request_id",
                       "trace_id", "span_id"})  # fmt: skip
 
-_current: ContextVar[Operation | None] = ContextVar("audit_log_operation", default=None)
+_current: ContextVar[Operation | None] = operation_under_way
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from structlog.exceptions import DropEvent
 from structlog.typing import EventDict, WrappedLogger
 
 from structlog_audit.call import CALL, Call, Recorder
-from structlog_audit.context import audit_fields
+from structlog_audit.context import audit_fields, operation_fields
 from structlog_audit.entry import FIELDS, GENERATED, LEVEL_NAME
 from structlog_audit.exceptions import AuditConfigurationError, AuditEntryError
 from structlog_audit.values import Marker, plain
@@ -52,9 +52,10 @@ def _adopt(event_dict: EventDict) -> Call:
 
 
 class AddAuditFields:
-    """Add what is known of the caller: the application, and what `bind_audit_context` bound.
+    """Add what is known of the caller: the application, what `bind_audit_context` bound, and who
+    acts in the operation under way.
 
-    What the call itself or its logger gave overrides both.
+    What the call itself or its logger gave overrides all.
 
     Args:
         app: name of the application, or None.
@@ -70,6 +71,9 @@ class AddAuditFields:
             given = call.given
             for key, value in audit_fields().items():
                 if key not in given:
+                    event_dict[key] = call.redacted(key, value) if call.redactions else value
+            for key, value in operation_fields():
+                if key not in event_dict:
                     event_dict[key] = call.redacted(key, value) if call.redactions else value
             if self.app is not None:
                 event_dict.setdefault("app", self.app)

@@ -115,6 +115,12 @@ def test_what_runs_later_or_is_no_function_is_refused(thing: Any) -> None:
         audited(action="A")(thing)
 
 
+def test_without_parentheses_it_says_so() -> None:
+    """Not that it takes no argument."""
+    with pytest.raises(AuditConfigurationError, match="without parentheses"):
+        audited(lambda: None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("options", [{"action": ""}, {"action": 5}, {"data": "x"}])
 def test_an_argument_that_cannot_work_is_refused(options: Any) -> None:
     """At once."""

@@ -352,6 +352,24 @@ def test_doctor_names_a_server_that_is_away(policy: str, status: int, tmp_path: 
     assert "is the server running" in done.stdout
 
 
+def test_doctor_takes_an_application_for_what_configures(tmp_path: Path) -> None:
+    """As servers name it; its exclusions are listed, though FastAPI makes its middleware late."""
+    (tmp_path / "shop.py").write_text(
+        "import structlog, structlog_audit\n"
+        "from fastapi import FastAPI\n"
+        "from structlog_audit import Exclude\n"
+        "from structlog_audit.web.asgi import AuditMiddleware\n"
+        "structlog.configure(processors=structlog_audit.audit_processors())\n"
+        "app = FastAPI()\n"
+        "probe = Exclude(kind='health', path='/healthz', reason='a :key: probe')\n"
+        "app.add_middleware(AuditMiddleware, exclude=[probe])\n"
+    )
+    done = run("doctor", "--app", "shop:app", cwd=tmp_path, AUDIT_LOG_DIR=str(tmp_path / "audit"))
+
+    assert done.returncode == 0, done.stdout
+    assert "path /healthz: a health probe (a :key: probe)" in done.stdout
+
+
 def test_doctor_tells_of_a_key_that_is_wrong(tmp_path: Path) -> None:
     """Before the first entry fails."""
     with SeqServer(tmp_path, key="the-key") as seq:

@@ -368,3 +368,24 @@ def test_an_outcome_that_cannot_be_durable_comes_from_the_bodys_own_exception() 
         body()
 
     assert isinstance(caught.value.__context__, KeyError)
+
+
+def test_what_is_recorded_within_says_who_and_of_which_operation() -> None:
+    """Also when that became known only within; what the call says itself stands."""
+    with capture_audit() as entries:
+        with audit_log.operation(action="A", company_id="2350") as operation:
+            audit_log.info(action="First")
+            operation.bind(user_id="2780")
+            audit_log.info(action="Second")
+            audit_log.info(action="Third", user_id="9")
+            with audit_context(user_id="7"):
+                audit_log.info(action="Fourth")
+        audit_log.info(action="Outside")
+
+    found = {entry["action"]: entry for entry in entries if entry["event"] == "Record"}
+    users = [found[name].get("userId") for name in ("First", "Second", "Third", "Fourth")]
+    assert users == [None, "2780", "9", "7"]
+    assert found["First"]["companyId"] == "2350"
+    assert found["First"]["operationId"] == operation.operation_id
+    assert "operationId" not in found["Outside"]
+    assert "companyId" not in found["Outside"]

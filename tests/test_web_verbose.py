@@ -262,3 +262,25 @@ def test_a_request_is_refused_when_the_mode_cannot_be_announced(
         asyncio.run(middleware(scope, send, send))  # type: ignore[arg-type]
     assert entries[0]["action"] == "AuditModeVerbose"
     assert called
+
+
+def test_a_mode_that_is_over_is_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is basic, as if it had never been set."""
+    monkeypatch.setenv("AUDIT_LOG_MODE", VERBOSE)
+    monkeypatch.setenv("AUDIT_LOG_VERBOSE_UNTIL", "2020-01-01T00:00:00Z")
+
+    assert not Verbosity().is_due
+
+
+def test_a_body_that_nobody_read_has_a_mark() -> None:
+    """It is not that there was none."""
+    kept = Transcript("POST /x", [("content-length", "12"), ("content-type", "text/plain")], "")
+
+    assert kept.data()["request"]["body"] == {"$audit": "not read", "bytes": 12}
+
+
+def test_the_announcement_is_nothing_that_a_client_did() -> None:
+    """It bears no address and no request."""
+    entry = Verbosity("verbose_including_cid").announcement()
+
+    assert entry["client_ip"] is entry["request_id"] is entry["type"] is None

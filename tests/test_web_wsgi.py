@@ -780,4 +780,4 @@ def test_a_function_of_the_application_that_raises_costs_nothing(
         request(answering([]), user=broken, action=broken)
 
     assert kinds(entries) == ["Begin", "Complete"]
-    assert "the function for user_id raised LookupError" in caplog.text
+    assert "the function for user, " in caplog.text

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import sys
@@ -150,6 +151,8 @@ class Auditing:
                           ("action", action), ("privileged", privileged)):  # fmt: skip
             if ask is not None and not callable(ask):
                 raise AuditConfigurationError(f"{name}= must be callable: it is given the request")
+            if inspect.iscoroutinefunction(ask):
+                raise AuditConfigurationError(f"{name}= is a coroutine function, and must be plain")
         if client is not None and trusted_proxies != ():
             raise AuditConfigurationError("give either client= or trusted_proxies=, not both")
         check_exclusions(exclude, privileged)
@@ -221,7 +224,7 @@ class Auditing:
         Raises:
             AuditError: it is not, and the request must not be carried out.
         """
-        if not self._verbosity.is_announced:
+        if self._verbosity.is_due:
             with operation.discarded_on_error():
                 audit_log.info(**self._verbosity.announcement())
             self._verbosity.is_announced = True
@@ -229,7 +232,7 @@ class Auditing:
 
     async def abegin(self, operation: Operation) -> None:
         """Have the Begin on record like `begin`, without blocking the event loop."""
-        if not self._verbosity.is_announced:
+        if self._verbosity.is_due:
             with operation.discarded_on_error():
                 await audit_log.ainfo(**self._verbosity.announcement())
             self._verbosity.is_announced = True
@@ -256,7 +259,7 @@ class Auditing:
         found = {
             field: self._ask(field, ask, raw, None) for field, ask in self._who if ask is not None
         }
-        return {field: _id(value) for field, value in found.items() if value is not None}
+        return {field: _id(value) for field, value in found.items() if value not in (None, "")}
 
     def named(self, raw: Any) -> str | None:
         """Return how the application names what is done, if it does."""
@@ -277,7 +280,9 @@ class Auditing:
         try:
             return ask(raw)
         except Exception as error:  # noqa: BLE001 - an application's function may raise anything
-            _log.error("the function for %s raised %s", what, type(error).__name__)
+            name = getattr(ask, "__qualname__", type(ask).__qualname__)
+            _log.error("the function for %s, %s, raised %s",
+                       what.removesuffix("_id"), name, type(error).__name__)  # fmt: skip
             return otherwise
 
 
@@ -287,7 +292,7 @@ def check_exclusions(exclude: Sequence[Exclude], privileged: Ask | None) -> None
     Raises:
         AuditConfigurationError: they cannot.
     """
-    if not all(isinstance(one, Exclude) for one in exclude):
+    if isinstance(exclude, Exclude) or not all(isinstance(one, Exclude) for one in exclude):
         raise AuditConfigurationError(
             "exclude= is a list of Exclude(…)",
             hint='exclude=[Exclude(kind="health", path="/healthz", reason="probe")]',
@@ -308,7 +313,10 @@ def nobody(asked: object) -> bool:
 def refused(error: AuditError, operation: Operation) -> None:
     """Log that a request was refused because it could not be recorded."""
     what = "Begin" if operation.receipt is None else "outcome"
-    _log.error("a request was refused: its %s could not be recorded: %s", what, error)
+    _log.error(
+        "the request %.200r was refused: its %s could not be recorded: %s",
+        operation.action, what, error,
+    )  # fmt: skip
 
 
 def judge(operation: Operation, status: int | None) -> None:

@@ -49,7 +49,12 @@ class Verbosity:
             )
         self._is_on = (host.mode or mode) == "verbose_including_cid"
         self._until = host.verbose_until
-        self.is_announced = not self._is_on
+        self.is_announced = False
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is still to be announced."""
+        return not self.is_announced and self.is_active
 
     @property
     def is_active(self) -> bool:
@@ -60,7 +65,10 @@ class Verbosity:
         """Return the entry that is recorded before the first request in full, and warn."""
         until = None if self._until is None else self._until.isoformat()
         _log.warning("requests and responses are recorded in full until %s", until or "further")
-        return {"action": "AuditModeVerbose", "data": {"until": until}}
+        # it is nothing that the client of the first request has done
+        nobody = dict.fromkeys(("client_ip", "remote_address", "forwarded_for", "request_id",
+                                "trace_id", "span_id", "type"))  # fmt: skip
+        return {**nobody, "action": "AuditModeVerbose", "data": {"until": until}}
 
 
 class Transcript:
@@ -110,6 +118,8 @@ class _Body:
 
     def __init__(self, headers: Iterable[tuple[str, str]]) -> None:
         types = [value for name, value in headers if name == "content-type"]
+        announced = [value for name, value in headers if name == "content-length"]
+        self._announced = announced[0] if announced else "0"
         self._type = types[0].partition(";")[0].strip().lower() if types else ""
         self._kept = bytearray()
         self._size = 0
@@ -122,6 +132,8 @@ class _Body:
             self._kept += chunk[: LIMIT - len(self._kept)]
 
     def data(self) -> dict[str, Any]:
+        if not self._size and self._announced.isdigit() and int(self._announced[:18]):
+            return {"body": Marker("not read", bytes=int(self._announced[:18]))}
         if not self._size:
             return {}
         return {"body": plain(self._content(), rule=_REDACT)}

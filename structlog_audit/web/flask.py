@@ -10,6 +10,7 @@ when the request's context ends.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -187,6 +188,7 @@ def _early(ask: Ask | None) -> Ask | None:
     if not callable(ask):
         return ask
 
+    @functools.wraps(ask)
     def answer(asked: Any) -> object:
         if not asked.shallow:
             return ask(asked)

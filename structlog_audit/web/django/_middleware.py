@@ -275,6 +275,7 @@ def _note(transcript: Transcript, request: HttpRequest, response: HttpResponseBa
     """Note the bodies that are there as a whole; a stream is not kept."""
     transcript.receive(getattr(request, "_body", b""))
     headers = [(name.lower(), value) for name, value in response.items()]
+    headers += [("set-cookie", cookie.OutputString()) for cookie in response.cookies.values()]
     transcript.start(response.status_code, headers)
     if isinstance(response, HttpResponse):
         transcript.send(response.content)
