@@ -30,9 +30,13 @@ HINTS = {
 class Server(Protocol):
     """Where a request goes, and what its answers mean; `HttpSink` is one."""
 
-    timeout: float
     confirm: frozenset[int]
     on_sent: Callable[[], None] | None
+
+    @property
+    def timeout(self) -> float:
+        """Longest duration of a call in seconds."""
+        ...
 
     def connected(self) -> Client:
         """Return the connection; make it if there is none."""
