@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from types import CoroutineType, GeneratorType
 from typing import Any, TypeVar, cast
 
 from structlog_audit.exceptions import AuditConfigurationError
@@ -13,6 +14,9 @@ from structlog_audit.operation import Operation
 
 F = TypeVar("F", bound=Callable[..., Any])
 Data = Mapping[str, object] | Callable[..., Mapping[str, object]]
+
+_RUNS_LATER = "@audited() is around what runs later, when nobody waits for it any more"
+_LATER = (CoroutineType, GeneratorType)
 
 
 def audited(
@@ -58,8 +62,13 @@ def audited(
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with operation(args, kwargs):
-                return function(*args, **kwargs)
+            with operation(args, kwargs) as begun:
+                found = function(*args, **kwargs)
+                if isinstance(found, _LATER):
+                    found.close()  # nothing of it has run
+                    begun.abandon("it returned what runs later, and was not recorded as such")
+                    raise AuditConfigurationError(_RUNS_LATER)
+                return found
 
         @functools.wraps(function)
         async def acall(*args: Any, **kwargs: Any) -> Any:
@@ -77,8 +86,9 @@ def _check(function: object) -> None:
             f"@audited() stands before a function, not {function!r}",
             hint="write @audited(), with parentheses; staticmethod and classmethod stand above it",
         )
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+    inner = inspect.unwrap(function)
+    hidden = inspect.iscoroutinefunction(inner) and not inspect.iscoroutinefunction(function)
+    if hidden or inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
         raise AuditConfigurationError(
-            "@audited() does not take generators: they run while they are read",
-            hint="put `with audit_log.operation(…):` into it",
+            _RUNS_LATER, hint="put `with audit_log.operation(…):` into it, or @audited below"
         )

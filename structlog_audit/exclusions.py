@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, Protocol, TypeVar
 
 from structlog_audit.exceptions import AuditConfigurationError
@@ -148,12 +147,12 @@ class Exclude:
         if self.methods and asked.method not in self.methods:
             return False
         if self.path is not None and (
-            _ODD.search(asked.path) is not None or not _pattern(self.path).fullmatch(asked.path)
+            _ODD.search(asked.path) is not None or not is_like(self.path, asked.path)
         ):
             return False
         return (
-            _is_like(self.route, asked.route)
-            and _is_like(self.operation, asked.operation)
+            is_like(self.route, asked.route)
+            and is_like(self.operation, asked.operation)
             and (self.when is None or self.when(asked.raw) is True)
         )
 
@@ -217,13 +216,28 @@ def _is_method(method: object) -> bool:
     return isinstance(method, str) and method.isalpha()
 
 
-@lru_cache(maxsize=1_000)
-def _pattern(text: str) -> re.Pattern[str]:
-    return re.compile(".*".join(map(re.escape, text.split("*"))), re.DOTALL)
+def is_like(wanted: str | None, found: str | None) -> bool:
+    """Tell whether a text fits a pattern in which `*` stands for any text.
 
-
-def _is_like(wanted: str | None, found: str | None) -> bool:
-    return wanted is None or (found is not None and _pattern(wanted).fullmatch(found) is not None)
+    In one pass: a client chooses the text, and must not choose how long this takes.
+    """
+    if wanted is None:
+        return True
+    if found is None:
+        return False
+    first, *middle = wanted.split("*")
+    if not middle:
+        return found == wanted
+    last = middle.pop()
+    position, end = len(first), len(found) - len(last)
+    if position > end or not (found.startswith(first) and found.endswith(last)):
+        return False
+    for part in middle:
+        position = found.find(part, position, end)
+        if position < 0:
+            return False
+        position += len(part)
+    return True
 
 
 def _name(view: object) -> str:

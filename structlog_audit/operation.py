@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from structlog_audit.call import receipt_of
-from structlog_audit.context import operation_under_way
+from structlog_audit.context import audit_fields, operation_under_way
 from structlog_audit.entry import Kind, Receipt
 from structlog_audit.exceptions import AuditEntryError
 from structlog_audit.values import exception_data
@@ -55,6 +55,8 @@ class Operation:
         self.durable = False
         self._caller = caller
         self._entry = {**entry, "operation_id": self.operation_id}
+        self._begun = self._entry
+        self._fields: Mapping[str, object] = {}
         self._entered = False
         self._verdict: Kind | None = None
         self._reason: str | None = None
@@ -131,7 +133,11 @@ class Operation:
     ) -> None:
         _current.set(self._around)
         if self._is_awaited(error):
-            self._caller._end(*self._outcome(error))
+            entry, outcome = self._outcome(error)
+            try:
+                self._caller._end(entry, outcome)
+            except AuditEntryError as unusable:
+                self._caller._end(self._plain(entry, unusable), outcome)
         else:
             self._finish(error)
 
@@ -155,7 +161,11 @@ class Operation:
     ) -> None:
         _current.set(self._around)
         if self._is_awaited(error):
-            await self._caller._aend(*self._outcome(error))
+            entry, outcome = self._outcome(error)
+            try:
+                await self._caller._aend(entry, outcome)
+            except AuditEntryError as unusable:
+                await self._caller._aend(self._plain(entry, unusable), outcome)
         else:
             self._finish(error)
 
@@ -175,6 +185,8 @@ class Operation:
 
     def _become_current(self) -> None:
         self._around = _current.get()
+        self._begun = dict(self._entry)
+        self._fields = audit_fields()
         _current.set(self)
 
     def _leave(self) -> None:
@@ -191,13 +203,31 @@ class Operation:
             data["reason"] = self._reason
         if error is not None:
             data["exception"] = exception_data(error)
-        begun = {k: v for k, v in self._entry.items() if k in _CARRIED}
-        return {**begun, "data": data}, self._verdict or _verdict(error)
+        entry = {k: v for k, v in self._entry.items() if k in _CARRIED}
+        return {**self._bound(), **entry, "data": data}, self._verdict or _verdict(error)
+
+    def _bound(self) -> dict[str, object]:
+        """Return who asked, as it is bound by now; not what is bound for somebody else's request.
+
+        The outcome may come in another task, or when another request has the thread.
+        """
+        now = audit_fields()
+        if now.get("request_id") == self._fields.get("request_id"):
+            return dict(now)
+        return {**dict.fromkeys(now), **self._fields}
+
+    def _plain(self, entry: Mapping[str, object], unusable: AuditEntryError) -> dict[str, object]:
+        """Return an outcome without what made it unusable: it matters more than its data."""
+        known = {key: self._begun[key] for key in _CARRIED & self._begun.keys()}
+        return {**self._bound(), **known, "data": {"unusable": unusable.reason}}
 
     def _finish(self, error: BaseException | None) -> None:
         entry, outcome = self._outcome(error)
         try:
-            self._caller._submit(entry, outcome)
+            try:
+                self._caller._submit(entry, outcome)
+            except AuditEntryError as unusable:
+                self._caller._submit(self._plain(entry, unusable), outcome)
         except Exception as lost:
             if error is None:
                 raise

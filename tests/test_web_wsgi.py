@@ -374,10 +374,8 @@ def test_an_application_that_answers_nothing_has_failed(entries: Any) -> None:
     assert kinds(entries) == ["Begin", "Fail"] * 2
 
 
-def test_a_loss_of_the_outcome_does_not_break_the_response(
-    entries: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Here the application makes it unusable; that is logged, and the Begin stands alone."""
+def test_an_outcome_that_is_unusable_comes_with_what_the_begin_said(entries: Any) -> None:
+    """What the application made unusable is left out, and the response stays."""
 
     def app(environ: Any, start_response: Start) -> list[bytes]:
         current_operation().action = ""
@@ -385,8 +383,9 @@ def test_a_loss_of_the_outcome_does_not_break_the_response(
 
     assert request(app).body == [b"x"]
 
-    assert kinds(entries) == ["Begin"]
-    assert "is lost" in caplog.text
+    assert kinds(entries) == ["Begin", "Complete"]
+    assert entries[1]["action"] == entries[0]["action"]
+    assert "action" in entries[1]["data"]["unusable"]
 
 
 # start_response

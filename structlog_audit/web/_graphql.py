@@ -11,12 +11,14 @@ An operation that does not parse or validate has no effect, and no entry.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 from graphql import (
+    ArgumentNode,
     BooleanValueNode,
     DirectiveNode,
     DocumentNode,
@@ -25,21 +27,29 @@ from graphql import (
     FragmentSpreadNode,
     GraphQLError,
     InlineFragmentNode,
+    ListValueNode,
+    Node,
+    ObjectFieldNode,
     OperationDefinitionNode,
     SelectionNode,
     SelectionSetNode,
+    ValueNode,
     VariableNode,
+    Visitor,
     get_operation_ast,
     print_ast,
+    visit,
 )
 
 from structlog_audit.context import audit_fields, bind_audit_context, restore_audit_fields
 from structlog_audit.exclusions import Exclude
 from structlog_audit.logger import audit_log
 from structlog_audit.operation import Operation, resume
+from structlog_audit.processors import Redact
 from structlog_audit.values import exception_data
 from structlog_audit.web._request import Ask, Auditing, check_exclusions, nobody
 
+_REDACT = Redact()
 _log = logging.getLogger("structlog_audit")
 
 NOT_CARRIED_OUT = "The operation was not carried out, because it could not be recorded."
@@ -127,12 +137,49 @@ def selected(
     return Selected(
         kind=operation.operation.value,
         name=None if operation.name is None else operation.name.value,
-        # by response key: what is asked for twice under one key runs once
-        fields=tuple(dict(walk.of(operation.selection_set)).values()),
-        variables={name: variables[name] for name in declared if name in variables},
+        # what is asked for twice under one response key runs once
+        fields=tuple(name for _, name in dict.fromkeys(walk.of(operation.selection_set))),
+        variables=_shown(
+            {name: variables[name] for name in declared if name in variables},
+            [operation, *fragments.values()],
+        ),
         text=print_ast(operation) if operation.loc is None else operation.loc.source.body,
         raw=raw,
     )
+
+
+def _shown(variables: dict[str, object], nodes: Iterable[Node]) -> dict[str, object]:
+    """Redact variables by the arguments that they are given to: the client names variables."""
+    if not variables:
+        return variables
+    uses = _Uses()
+    for node in nodes:
+        visit(node, uses)
+    return {
+        name: next(filter(None, (_REDACT.value(use, value) for use in uses.of[name])), value)
+        for name, value in variables.items()
+    }
+
+
+class _Uses(Visitor):
+    """Collects the names of the arguments and fields that variables are given to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, set[str]] = defaultdict(set)
+
+    def enter_argument(self, node: ArgumentNode, *_: object) -> None:
+        self._take(node.name.value, node.value)
+
+    def enter_object_field(self, node: ObjectFieldNode, *_: object) -> None:
+        self._take(node.name.value, node.value)
+
+    def _take(self, name: str, value: ValueNode) -> None:
+        if isinstance(value, VariableNode):
+            self.of[value.name.value].add(name)
+        elif isinstance(value, ListValueNode):
+            for item in value.values:
+                self._take(name, item)
 
 
 class _RootFields:
@@ -270,10 +317,10 @@ class GraphQLAuditing:
 
     def learn(self, operation: Operation, raw: Any) -> None:
         """Say in the outcome what is known by now."""
-        operation.bind(**self._auditing.known(raw))
+        operation._learn(**self._auditing.known(raw))
         named = self._auditing.named(raw)
         if named is not None:
-            operation.action = named
+            operation._learn(action=named)
 
 
 class Binding:

@@ -86,10 +86,14 @@ class Request(Protocol):
     """
 
     type: str
-    method: str
     path: str
     peer: str | None
     raw: Any
+
+    @property
+    def method(self) -> str:
+        """As it came: frameworks tell `get` from `GET`."""
+        ...
 
     def headers(self) -> Iterable[tuple[str, str]]:
         """Return names in lower case, and values; repeated ones too."""
@@ -209,7 +213,7 @@ class Auditing:
 
     def operation(self, request: Request) -> Operation:
         """Return the operation of a request; it has not begun."""
-        data: dict[str, object] = {"method": request.method, "path": request.path[:LONGEST_PATH]}
+        data: dict[str, object] = {"method": request.method, "path": _shown(request.path)}
         route = request.route()
         if route is not None and route.template is not None:
             data["route"] = route.template
@@ -242,7 +246,7 @@ class Auditing:
         """Return where request and response are noted in full, in the mode that asks for it."""
         if not self._verbosity.is_active:
             return None
-        line = f"{request.method} {request.path[:LONGEST_PATH]}"
+        line = f"{request.method} {_shown(request.path)}"
         return Transcript(line, request.headers(), query)
 
     def learn(self, operation: Operation, request: Request) -> None:
@@ -274,7 +278,7 @@ class Auditing:
             return named
         if route is not None:
             return route.name
-        return f"{request.method} {request.path[:LONGEST_PATH]}"
+        return f"{request.method} {_shown(request.path)}"
 
     def _ask(self, what: str, ask: Ask, raw: Any, otherwise: object) -> object:
         try:
@@ -421,6 +425,11 @@ def _told(
     error: BaseException | None,
 ) -> tuple[type[BaseException] | None, BaseException | None, TracebackType | None]:
     return None if error is None else type(error), error, None
+
+
+def _shown(path: str) -> str:
+    """Return a path as it is recorded: a client may send a whole URL, with a password."""
+    return re.sub(r"//[^/]*@", "//", path[:LONGEST_PATH])
 
 
 def _id(value: object) -> object:

@@ -15,6 +15,10 @@ from structlog_audit.web._request import Route
 
 _FULL = 2
 """`starlette.routing.Match.FULL`."""
+_TRANSPARENT = ("starlette", "fastapi", "structlog_audit")
+"""Whose middlewares hand a request on to the application that they are around."""
+_OF_A_MOUNT = {"app_root_path", "endpoint"}
+"""What a scope has when another router has sent it on."""
 _DEEPEST = 32
 """Middlewares around a router, and routers within routers."""
 
@@ -29,6 +33,8 @@ def router_of(app: Any) -> Any:
         app = getattr(app, "__self__", app)  # Quart's asgi_app is a method
         if _is_starlette(app) or hasattr(app, "url_map"):
             return app
+        if type(app).__module__.partition(".")[0] not in _TRANSPARENT:
+            break  # what it does with a request is its own
         app = getattr(app, "app", None)
         if app is None:
             break
@@ -46,7 +52,8 @@ def route_of(scope: Mapping[str, Any], router: Any) -> Route | None:
     if handler is not None:  # Litestar has routed it
         name = getattr(handler, "name", None) or getattr(handler, "handler_name", None)
         return Route(str(name or handler), scope.get("path_template"), _function(handler))
-    router = router or scope.get("app")
+    if router is None and not _OF_A_MOUNT & scope.keys():  # the application above knows no more
+        router = scope.get("app")
     if _is_starlette(router):
         # a copy: matching leaves traces in the scope
         return _starlette(router.routes, {**scope}, "", 0)
@@ -97,6 +104,8 @@ def _starlette(
 
 
 def _quart(app: Any, scope: Mapping[str, Any]) -> Route | None:
+    if app.url_map.host_matching or getattr(app, "subdomain_matching", False):
+        return None  # what the host stands for is the framework's to say
     headers = dict(scope.get("headers") or ())
     is_socket = scope["type"] == "websocket"
     host = headers.get(b"host", b"localhost").decode("latin-1")

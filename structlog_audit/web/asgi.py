@@ -139,7 +139,7 @@ class _Request:
         is_http = scope["type"] == "http"
         self.type = "REST" if is_http else "WebSocket"
         # whatever its handshake was: an exclusion of reads does not fit what goes both ways
-        self.method: str = scope["method"].upper() if is_http else "WEBSOCKET"
+        self.method: str = scope["method"] if is_http else "WEBSOCKET"
         self.path: str = scope.get("path") or ""
         client = scope.get("client")
         peer = client[0] if client else None

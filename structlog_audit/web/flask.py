@@ -212,7 +212,7 @@ def _report_misses(app: Flask, several: Iterable[Exclude], prefix: str) -> None:
 
 def _may_fit(exclusion: Exclude, endpoint: str, template: str) -> bool:
     path = exclusion.path
-    return exclusions._is_like(exclusion.route, endpoint) and (
+    return exclusions.is_like(exclusion.route, endpoint) and (
         path is None or _overlap(path, _VARIABLE.sub("*", template))
     )
 

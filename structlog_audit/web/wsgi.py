@@ -122,7 +122,7 @@ class WsgiRequest:
     def __init__(self, environ: Environ) -> None:
         self.environ = environ
         self.raw: Any = environ
-        self.method: str = environ["REQUEST_METHOD"].upper()
+        self.method: str = environ["REQUEST_METHOD"]
         # a path is that of the client, also where the application is mounted below another
         self.path = _text(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")) or "/"
         self.peer: str | None = environ.get("REMOTE_ADDR") or None

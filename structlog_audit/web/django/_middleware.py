@@ -20,7 +20,7 @@ from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.urls import Resolver404, ResolverMatch, resolve
 
-from structlog_audit.context import audit_context, audit_fields
+from structlog_audit.context import audit_fields, restore_audit_fields
 from structlog_audit.exceptions import AuditError
 from structlog_audit.exclusions import EXEMPT
 from structlog_audit.operation import Operation, resumed
@@ -125,11 +125,15 @@ class _Request:
 
     def __init__(self, request: HttpRequest) -> None:
         self.raw = request
-        self.method = (request.method or "GET").upper()
         self.path = request.path
         self.peer: str | None = request.META.get("REMOTE_ADDR") or None
         self._early: Route | None = None
         self._is_resolved = False
+
+    @property
+    def method(self) -> str:
+        """The method as it is now: a middleware may put another one in its place."""
+        return self.raw.method or "GET"
 
     def headers(self) -> Iterable[tuple[str, str]]:
         return [(name.lower(), value) for name, value in self.raw.headers.items()]
@@ -291,9 +295,14 @@ class _Progress:
 
     @contextmanager
     def bound(self) -> Iterator[None]:
-        """Bind for one piece what was bound for the request."""
-        with audit_context(**self._fields), resumed(self.ending.operation):
-            yield
+        """Bind for one piece what was bound for the request, and nothing else."""
+        before = audit_fields()
+        restore_audit_fields(self._fields)
+        try:
+            with resumed(self.ending.operation):
+                yield
+        finally:
+            restore_audit_fields(before)
 
     def end(self) -> None:
         self.ending.end(self._error)
