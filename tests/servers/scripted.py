@@ -23,7 +23,7 @@ from email.utils import format_datetime
 from http import HTTPStatus
 from typing import TypeAlias
 
-PATIENCE = 5
+PATIENCE = 30
 """Seconds within which all steps end when the server does."""
 MEGABYTE = 1024 * 1024
 SEQ_BODY = b'{"MinimumLevelAccepted":null}'
