@@ -54,7 +54,7 @@ def route_of(scope: Mapping[str, Any], router: Any) -> Route | None:
         return Route(str(name or handler), scope.get("path_template"), _function(handler))
     if router is None and not _OF_A_MOUNT & scope.keys():  # the application above knows no more
         router = scope.get("app")
-    if _is_starlette(router):
+    if router is not None and _is_starlette(router):
         # a copy: matching leaves traces in the scope
         return _starlette(router.routes, {**scope}, "", 0)
     if hasattr(router, "url_map"):
