@@ -64,8 +64,9 @@ STORM = """
         pass
 
     def interrupt(*_):
-        global interrupted
+        global armed, interrupted
         if armed:
+            armed = False  # two timers may have gone off: one exception is enough
             interrupted += 1
             raise Interrupted
 
