@@ -77,9 +77,14 @@ def read_session(path: Path) -> list[Entry]:
     return entries
 
 
+def session_files(directory: Path) -> list[Path]:
+    """Return the session files of a directory, which may hold other files, and be written to."""
+    return sorted(directory.glob(f"*-{'[0-9]' * 8}-*.ndjson"))
+
+
 def read_sessions(directory: Path) -> list[list[Entry]]:
     """Read all session files of a directory, in the order in which they began."""
-    return sorted(map(read_session, directory.iterdir()), key=lambda session: session[0]["time"])
+    return sorted(map(read_session, session_files(directory)), key=lambda s: s[0]["time"])
 
 
 def recorded(directory: Path) -> list[Entry]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from reading import recorded
+from reading import recorded, session_files
 from running import HANG, run_well
 
 from structlog_audit.helper import Helper
@@ -97,7 +97,7 @@ def test_outcomes_are_written_by_themselves_after_exceptions_from_signals(audit_
     """Two thousand times something is raised while an outcome is being queued."""
     run_well(STORM, audit_dir)
 
-    for path in audit_dir.iterdir():
+    for path in session_files(audit_dir):
         if not path.stat().st_size:  # interrupted before its first line: nothing was promised
             path.unlink()
     assert "Last" in [entry["action"] for entry in recorded(audit_dir)]

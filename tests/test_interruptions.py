@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from doubles import BrokenSink, HangingSink
-from reading import read_lines, recorded
+from reading import read_lines, recorded, session_files
 from running import HANG, in_threads, run_well
 
 from structlog_audit import AuditError, AuditHandler, AuditWriteError, FileSink
@@ -259,7 +259,7 @@ def test_exceptions_from_signals_at_any_point_leave_a_usable_handler(
     """A time limit that raises anywhere in a call, hundreds of times, alone and among threads."""
     assert run_well(STORM, audit_dir, threads) == "usable\n"
 
-    for path in audit_dir.iterdir():
+    for path in session_files(audit_dir):
         if not path.stat().st_size:  # interrupted before its first line: nothing was promised
             path.unlink()
     assert [e["action"] for e in recorded(audit_dir)].count("Last") == 3

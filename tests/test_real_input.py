@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import replay
-from reading import Entry, is_own, read_sessions
+from reading import Entry, is_own, read_sessions, session_files
 from running import HANG, environment
 
 HERE = Path(__file__).parent
@@ -59,7 +59,7 @@ def test_every_receipt_leads_to_its_line(replayed: tuple[Path, list[list[Any]]])
     directory, receipts = replayed
     lines = {
         hashlib.sha256(line).hexdigest(): line
-        for file in directory.iterdir()
+        for file in session_files(directory)
         for line in file.read_bytes().splitlines()
     }
     for number, session, sequence, digest in receipts:

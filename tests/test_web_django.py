@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reading import recorded
+from reading import recorded, session_files
 from running import HANG, environment, eventually, in_threads, run_loop, run_python
 
 from structlog_audit import current_operation
@@ -837,7 +837,7 @@ def serve(shop: Any, tmp_path: Path, audit_dir: Path) -> Iterator[Any]:
 def lines(audit_dir: Path) -> list[Entry]:
     """Return all whole lines; a process that was killed may have left half a one."""
     found = []
-    for path in audit_dir.iterdir():
+    for path in session_files(audit_dir):
         for line in path.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reading import parse_line, recorded
+from reading import parse_line, recorded, session_files
 from running import HANG, environment, eventually
 
 pytestmark = pytest.mark.skipif(
@@ -154,7 +154,7 @@ class Server:
     def requests(self, kind: str) -> set[str]:
         """Stop it and return which requests have such an entry; files may be torn or empty."""
         self.stop()
-        files = [path.read_bytes() for path in (self.directory / "audit").iterdir()]
+        files = [path.read_bytes() for path in session_files(self.directory / "audit")]
         entries = [parse_line(line) for file in files for line in file.split(b"\n")[:-1]]
         return {entry.get("requestId", "") for entry in entries if entry["event"] == kind}
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reading import recorded
+from reading import recorded, session_files
 from running import HANG, environment, run_loop
 
 httpx = pytest.importorskip("httpx")
@@ -235,7 +235,7 @@ class Shop:
 
     def entries(self) -> list[dict[str, Any]]:
         """Return what is on record, after a clean end."""
-        for path in (self.directory / "audit").iterdir():
+        for path in session_files(self.directory / "audit"):
             if not path.stat().st_size:  # its first write was told to fail
                 path.unlink()
         return recorded(self.directory / "audit")
@@ -243,7 +243,7 @@ class Shop:
     def lines(self) -> list[dict[str, Any]]:
         """Return the whole lines on record, after whatever end."""
         found = []
-        for path in sorted((self.directory / "audit").iterdir()):
+        for path in session_files(self.directory / "audit"):
             whole, _, _ = path.read_bytes().rpartition(b"\n")
             found += [json.loads(line) for line in whole.split(b"\n") if line]
         return found
