@@ -197,7 +197,7 @@ class Renderer:
             raise AuditEntryError(f"the action {SESSION_ACTION} is the session's own")
         out["event"] = kind
         body = self._body(out, _data(given, layout))
-        stamp = time or _timestamp(time_ns() // 1000)
+        stamp = time or timestamp(time_ns() // 1000)
         text = b'{"level":%d,"time":"%b%b%b' % (AUDIT, stamp.encode(), self._static, body[1:-1])
         return Head(text, stamp)
 
@@ -329,8 +329,8 @@ def _long_field(text: str) -> str:
 _second: tuple[int, str] = (-1, "")
 
 
-def _timestamp(microseconds: int) -> str:
-    """Spell a POSIX time in UTC."""
+def timestamp(microseconds: int) -> str:
+    """Spell a POSIX time, given in microseconds, in UTC."""
     global _second  # noqa: PLW0603 - one assignment of a pair, safe between threads
     whole, part = divmod(microseconds, 1_000_000)
     known, text = _second

@@ -91,7 +91,7 @@ class Sessions:
         """Start anew in a forked child; the parent's session is the parent's."""
         self.gap = Gap()
         self._reopen = False
-        self._over("fork")
+        self._over("fork", ours=False)
 
     def commit(self, batch: Sequence[Ticket]) -> None:
         """Write a batch, or fail all of it; every ticket is settled afterwards.
@@ -143,7 +143,7 @@ class Sessions:
                 self._alarm.tell(_write_error(self.sink, why))
             self._over(f"{reason}; its last line could not be written: {why.reason}")
         else:
-            self._over(reason)
+            self._over(reason, clean=True)
 
     def _end_if_due(self, batch: Sequence[Ticket]) -> None:
         if self._reopen:
@@ -269,8 +269,14 @@ class Sessions:
             ticket.error = _write_error(self.sink, error)  # one each: threads raise them
             ticket.error.__cause__ = cause
 
-    def _over(self, reason: str) -> None:
-        """Forget the session; nothing more is written to it."""
+    def _over(self, reason: str, *, clean: bool = False, ours: bool = True) -> None:
+        """Forget the session; nothing more is written to it.
+
+        Args:
+            reason: why it ended.
+            clean: its last line is its own Complete.
+            ours: it has ended; a forked child only lets go of its parent's.
+        """
         last = self._acknowledged
         if last is not None:
             self._follows = {
@@ -284,11 +290,24 @@ class Sessions:
         if _OWNERS.get(id(self.sink)) not in (None, self):
             return  # it is another handler's, and we have nothing open there
         try:
+            if ours:  # also if nothing was acknowledged: one of several sinks may have it
+                self._tell_end(reason, clean)
             self.sink.close()
         except Exception as error:  # noqa: BLE001 - a foreign sink may raise anything
             self._alarm.tell(_write_error(self.sink, SinkError(f"close: {type(error).__name__}")))
         finally:
             _OWNERS.pop(id(self.sink), None)
+
+    def _tell_end(self, reason: str, clean: bool) -> None:
+        """Tell a sink that keeps a journal; the entries are durable whatever becomes of that."""
+        ended = getattr(self.sink, "ended", None)
+        if ended is None:
+            return
+        try:
+            ended(reason, clean=clean)
+        except Exception as error:  # noqa: BLE001 - a foreign sink may raise anything
+            why = error if isinstance(error, SinkError) else SinkError(type(error).__name__)
+            self._alarm.tell(_write_error(self.sink, why))
 
 
 def _forget_frames(error: BaseException | None) -> None:

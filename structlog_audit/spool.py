@@ -9,15 +9,15 @@ import contextlib
 import errno
 import io
 import os
-import re
 import socket
-import sys
 import time
 from collections.abc import Container, Iterator
 
 from structlog_audit.cursor import STATE, SUFFIX, Cursor, Problem, SessionFile, parsed, reading
 from structlog_audit.exceptions import AuditConfigurationError, from_oserror
 from structlog_audit.sinks import _durable
+from structlog_audit.sinks._lock import try_lock, unlock
+from structlog_audit.sinks.file import session_names
 
 KEPT = 86_400.0
 """Seconds for which a cursor is kept, since it last moved, when its file is gone."""
@@ -73,14 +73,15 @@ class Directory:
                 _durable.sync(descriptor)
             finally:
                 _durable.close(descriptor)
-            self._rename(temporary, name)
+            self.rename(temporary, name)
         except BaseException:
             with contextlib.suppress(OSError):
                 self.remove(temporary)
             raise
         _durable.sync_directory(self.base)
 
-    def _rename(self, old: str, new: str) -> None:
+    def rename(self, old: str, new: str) -> None:
+        """Give a file another name, in place of whatever has it; not durable yet."""
         if self.base < 0:
             os.replace(os.path.join(self.path, old), os.path.join(self.path, new))
         else:
@@ -117,7 +118,7 @@ class Spool:
     def __init__(self, directory: str, prefix: str) -> None:
         self.directory = directory
         self.state_path = os.path.join(directory, STATE)
-        self._name = re.compile(rf"{re.escape(prefix)}-\d{{8}}-([a-z0-9]{{20}})\.ndjson", re.ASCII)
+        self._name = session_names(prefix)
         self._process = 0
         self._source: Directory | None = None
         self._state: Directory | None = None
@@ -172,7 +173,7 @@ class Spool:
     def _take_lock(self) -> int:
         descriptor = self.state.open(_LOCK, os.O_RDWR | os.O_CREAT)
         try:
-            if not _try_lock(descriptor):
+            if not try_lock(descriptor):
                 text = os.read(descriptor, 200).decode("utf-8", "replace").strip()
                 raise self._taken(text or "a process that has just begun")
             os.ftruncate(descriptor, 0)
@@ -310,7 +311,7 @@ class Spool:
         """Give up the lock."""
         if self._lock >= 0:
             with contextlib.suppress(OSError):
-                _unlock(self._lock)
+                unlock(self._lock)
         self.abandon()
 
 
@@ -325,38 +326,3 @@ def _check_owner(path: str, directory: Directory) -> None:
         raise AuditConfigurationError(
             f"{path} can be written to by anybody", hint=f"chmod 0700 {path}"
         )
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    _FAR = 2**30  # what is locked cannot be read there, and the others want to read the text
-
-    def _try_lock(descriptor: int) -> bool:
-        return _at_far(descriptor, msvcrt.LK_NBLCK)
-
-    def _unlock(descriptor: int) -> None:
-        _at_far(descriptor, msvcrt.LK_UNLCK)
-
-    def _at_far(descriptor: int, verb: int) -> bool:
-        os.lseek(descriptor, _FAR, os.SEEK_SET)
-        try:
-            msvcrt.locking(descriptor, verb, 1)
-        except OSError:
-            return False
-        finally:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-        return True
-
-else:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _unlock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)

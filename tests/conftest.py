@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
+from running import environment
 
 from structlog_audit import (
     AuditError,
@@ -55,6 +58,16 @@ def _forget_context() -> None:
     structlog.contextvars.clear_contextvars()
     clear_audit_context()
     exclusions._in_force = exclusions._InForce()
+
+
+@pytest.fixture(scope="session")
+def month(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A month of a service, recorded by three processes; not to be changed."""
+    directory = tmp_path_factory.mktemp("month") / "audit"
+    script, keys = Path(__file__).with_name("year.py"), directory.with_name("keys.pub")
+    command = [sys.executable, script, directory, keys, "--days", "30", "--processes", "3"]
+    subprocess.run(list(map(str, command)), check=True, timeout=120, env=environment())
+    return directory
 
 
 @pytest.fixture

@@ -103,3 +103,36 @@ def ends(directory: Path) -> list[str | None]:
         session[-1]["data"]["reason"] if is_own(session[-1]) and len(session) > 1 else None
         for session in read_sessions(directory)
     ]
+
+
+def journal_path(directory: Path, prefix: str = "audit") -> Path:
+    """Return the path of the journal."""
+    return directory / f"{prefix}-journal.ndjson"
+
+
+def read_journal(directory: Path, prefix: str = "audit") -> list[Entry]:
+    """Return the lines of the journal: whole, numbered, linked, with their author and time."""
+    data = journal_path(directory, prefix).read_bytes()
+    assert data.endswith(b"\n"), f"torn: {data[-200:]!r}"
+    entries, prev = [], ""
+    for number, line in enumerate(data[:-1].split(b"\n"), 1):
+        entry = json.loads(line.decode("utf-8", "strict"), object_pairs_hook=_no_duplicates)
+        assert entry["number"] == number, f"line {number} has the number {entry['number']}"
+        assert entry["prev"] == prev, f"line {number} does not follow the one before it"
+        assert (entry["event"] == "Journal") == (number == 1)
+        assert TIME.fullmatch(entry["time"])
+        assert entry["pid"] > 0
+        assert entry["hostname"]
+        prev = hashlib.sha256(line).hexdigest()
+        entries.append(entry)
+    return entries
+
+
+def told_of(directory: Path, session: str) -> list[Entry]:
+    """Return what the journal tells of a session, each line checked against the session's file."""
+    told = [entry for entry in read_journal(directory) if entry.get("session") == session]
+    for entry in told:
+        lines = (directory / entry["file"]).read_bytes().split(b"\n")
+        assert hashlib.sha256(lines[entry["sequence"] - 1]).hexdigest() == entry["hash"]
+        assert entry["event"] != "Close" or len(lines) - 1 == entry["sequence"]
+    return told

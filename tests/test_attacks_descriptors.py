@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from reading import ends, is_own, read_sessions, recorded
+from reading import ends, is_own, read_sessions, recorded, session_files
 from running import in_threads, run_well
 
 from structlog_audit import AuditHandler, AuditWriteError, FileSink, Receipt
@@ -31,7 +31,7 @@ def descriptors_of(path: Path) -> Iterator[int]:
 def taken(handler: AuditHandler, audit_dir: Path, tmp_path: Path) -> Iterator[tuple[int, Path]]:
     """A foreign file that took over the number of the session's descriptor."""
     handler.record({"action": "Before"})
-    (session,) = audit_dir.iterdir()
+    (session,) = session_files(audit_dir)
     (number,) = descriptors_of(session)
     path = tmp_path / "customers.db"
     foreign = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -70,7 +70,7 @@ def test_a_descriptor_that_somebody_closed_ends_the_session(
 ) -> None:
     """As a daemon does that closes every number there is; the next line tells why."""
     handler.record({"action": "Before"})
-    (session,) = audit_dir.iterdir()
+    (session,) = session_files(audit_dir)
     for number in descriptors_of(session):
         os.close(number)
     handler.record({"action": "After"})

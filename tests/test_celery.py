@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reading import session_files
 from running import HANG, environment
 
 pytest.importorskip("celery")
@@ -93,7 +94,7 @@ class Worker:
         """Return the entries of the tasks, of these kinds."""
         found = [
             json.loads(line)
-            for path in sorted((self.home / "audit").glob("*.ndjson"))
+            for path in session_files(self.home / "audit")
             for line in path.read_bytes().rpartition(b"\n")[0].splitlines()
         ]
         return [e for e in found if e["event"] in events and e["action"] != "AuditSession"]

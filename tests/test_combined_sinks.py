@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from doubles import BrokenSink, CountingSink, begins, refusal
-from reading import read_sessions, recorded
+from reading import read_sessions, recorded, session_files
 from running import eventually
 
 from structlog_audit import (
@@ -158,7 +158,7 @@ def test_a_file_that_was_moved_is_noticed_before_another_sink_writes(
     other = MemorySink()
     handler = make_handler(AllOf(other, FileSink(audit_dir)))
     handler.record({"action": "A"})
-    (path,) = audit_dir.iterdir()
+    (path,) = session_files(audit_dir)
     path.rename(audit_dir / "moved")
 
     handler.record({"action": "B"})
@@ -169,7 +169,7 @@ def test_a_file_that_was_moved_is_noticed_before_another_sink_writes(
         None,
         "its file was deleted or moved",
     ]
-    (second,) = audit_dir.glob("*.ndjson")
+    (second,) = session_files(audit_dir)
     assert json.loads(second.read_bytes().splitlines()[1])["action"] == "B"
 
 

@@ -152,3 +152,64 @@ def test_a_library_that_tells_of_no_gap_is_caught(tmp_path: Path) -> None:
     )
     with pytest.raises((AssertionError, KeyError), match="gap"):
         run_case(NAMED["fourth write"], "EIO", tmp_path / "case", package)
+
+
+JOURNAL = "journal.py"
+
+
+def test_a_library_that_does_not_sync_the_journal_is_caught(tmp_path: Path) -> None:
+    """A session is acknowledged that the journal may forget."""
+    package = _patched(
+        tmp_path, JOURNAL, ("            _durable.sync_new_file(self.descriptor, self._base)",
+                            "            pass"),
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match="acknowledged before the syncs"):
+        fault_free(False, package=package)
+
+
+def test_a_library_that_enters_no_session_is_caught(tmp_path: Path) -> None:
+    """An entry is acknowledged in a session of which the journal does not know."""
+    package = _patched(tmp_path, FILE, ("            self._enter(head)\n", "            pass\n"))
+    with pytest.raises(AssertionError, match=r"an end without a begin|not its session"):
+        fault_free(False, package=package)
+
+
+def test_a_library_that_enters_no_end_is_caught(tmp_path: Path) -> None:
+    """Nobody can tell a session that was closed from one that was cut."""
+    package = _patched(
+        tmp_path,
+        "session.py",
+        ("                self._tell_end(reason, clean)\n", "                pass\n"),
+    )
+    with pytest.raises(AssertionError, match="was not entered"):
+        fault_free(False, package=package)
+
+
+def test_a_library_that_swallows_a_failure_of_the_journal_is_caught(tmp_path: Path) -> None:
+    """The caller is told that all is well although the session is not entered."""
+    old = '                error.persisted = "unknown"\n            raise\n'
+    package = _patched(tmp_path, FILE, (old, old.replace("raise", "return")))
+    _is_caught(tmp_path, package, "first write of the journal", "EIO", "acknowledged|missing")
+
+
+@pytest.mark.parametrize(
+    ("point", "fault"), [("write of a begin", "short 100"), ("sync of a begin", "EIO")]
+)
+def test_a_library_that_does_not_cut_the_journal_is_caught(
+    point: str, fault: str, tmp_path: Path
+) -> None:
+    """What had failed stays, and is linked to."""
+    package = _patched(
+        tmp_path,
+        JOURNAL,
+        ("                _durable.cut(file.descriptor, self._seen.offset)\n", ""),
+    )
+    _is_caught(tmp_path, package, point, fault, "glued|to be cut|missing")
+
+
+def test_a_library_that_leaves_the_file_of_a_session_that_was_not_entered_is_caught(
+    tmp_path: Path,
+) -> None:
+    """An entry that was 'not stored' stands there whole."""
+    package = _patched(tmp_path, FILE, ("and not self._discard_durably():", "and False:"))
+    _is_caught(tmp_path, package, "first write of the journal", "EIO", "stands there whole")

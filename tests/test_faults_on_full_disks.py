@@ -16,6 +16,7 @@ import pytest
 from faults.checker import check_run, read_files
 from faults.runner import PATIENCE, Run, child, environment, needs, read_journal, run
 from faults.table import NAMED, prepare, run_case
+from reading import session_files
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of Linux")
 NOBODY = 65_534
@@ -82,7 +83,7 @@ def test_disk_full_raises_and_the_next_entry_is_whole(small_disk: Path, tmp_path
         full = [line["error"] for line in journal if "error" in line]
         assert full
         assert full == list(range(full[0], 20)), "an entry was recorded on a full disk"
-        (file,) = small_disk.iterdir()  # failing calls leave no files
+        (file,) = session_files(small_disk)  # failing calls leave no files
         size = file.stat().st_size
         subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk.parent)], check=True)
         recorder.go_on()
@@ -270,7 +271,7 @@ def test_a_file_taken_away_underneath_costs_no_entry(
     directory = tmp_path / "audit"
     with Paused(directory, tmp_path / "journal", calls=4, pauses=[1]) as recorder:
         first = recorder.wait()[0]["session"]
-        (path,) = directory.iterdir()
+        (path,) = session_files(directory)
         accident(str(path))
         recorder.go_on()
         result = recorder.end()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import structlog
-from reading import is_own, read_sessions, recorded
+from reading import is_own, read_sessions, recorded, session_files
 from running import HANG, in_child
 
 from structlog_audit import (
@@ -105,7 +105,7 @@ def test_a_child_does_not_keep_its_parents_file_open(
 ) -> None:
     """The descriptor is closed in the child."""
     handler.record({"action": "Parent"})
-    (path,) = audit_dir.iterdir()
+    (path,) = session_files(audit_dir)
     descriptors = Path("/proc/self/fd")
     if not descriptors.exists():
         pytest.skip("needs /proc")

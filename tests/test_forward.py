@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 from doubles import BrokenSink, HangingSink, refusal
+from reading import session_files
 from running import HANG, environment, eventually, in_child, run_well
 from servers.processes import SeqServer
 
@@ -134,7 +135,7 @@ def lines_of(path: Path) -> list[bytes]:
 
 def written(directory: Path) -> Lines:
     """Return the whole lines of each session file."""
-    return {path.name[-27:-7]: lines_of(path) for path in directory.glob("*.ndjson")}
+    return {path.name[-27:-7]: lines_of(path) for path in session_files(directory)}
 
 
 def arrived(lines: Iterable[bytes]) -> Lines:
@@ -270,12 +271,20 @@ def test_only_session_files_of_the_prefix_are_shipped(audit_dir: Path, record: R
 def test_session_files_are_left_as_they_are(audit_dir: Path, record: Record) -> None:
     """Nothing but the forwarder's own directory is made or changed."""
     path = record()
-    before = path.read_bytes(), path.stat().st_mtime_ns, stat.S_IMODE(path.stat().st_mode)
+    journal = audit_dir / "audit-journal.ndjson"
+
+    def state() -> list[tuple[bytes, int, int]]:
+        return [
+            (item.read_bytes(), item.stat().st_mtime_ns, stat.S_IMODE(item.stat().st_mode))
+            for item in (path, journal)
+        ]
+
+    before = state()
 
     Forwarder(audit_dir, Receiver()).run_once()
 
-    assert (path.read_bytes(), path.stat().st_mtime_ns, stat.S_IMODE(path.stat().st_mode)) == before
-    assert {item.name for item in audit_dir.iterdir()} == {path.name, ".forward"}
+    assert state() == before
+    assert {item.name for item in audit_dir.iterdir()} == {path.name, journal.name, ".forward"}
 
 
 def test_progress_tells_bytes_done_and_in_all(audit_dir: Path, record: Record) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from faults.runner import needs
+from reading import session_files
 from running import HANG, environment, in_child, in_threads, run_loop, run_well
 from servers import processes
 from servers.certificates import make_certificates
@@ -301,7 +302,7 @@ def test_a_server_that_is_away_is_covered_by_a_directory(seq: SeqServer, tmp_pat
     seq.restart()
     handler.close()
 
-    (file,) = (tmp_path / "audit").iterdir()
+    (file,) = session_files(tmp_path / "audit")
     kept = [json.loads(line) for line in file.read_bytes().splitlines()]
     assert [entry["data"]["number"] for entry in kept if entry["event"] == "Record"] == [3, 4, 5]
     assert numbers(seq.stored()) == [0, 1, 2]

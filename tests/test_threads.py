@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from doubles import BrokenSink, CountingSink, HangingSink, SendingSink, begins
-from reading import read_lines, read_sessions, recorded
+from reading import read_lines, read_sessions, recorded, session_files
 from running import HANG, eventually, in_threads, run_loop
 
 from structlog_audit import (
@@ -37,7 +37,7 @@ def test_threads_leave_one_unbroken_session(handler: AuditHandler, audit_dir: Pa
     answers = in_threads([lambda thread=thread: work(thread) for thread in range(12)])
 
     (session,) = read_sessions(audit_dir)
-    (path,) = audit_dir.iterdir()
+    (path,) = session_files(audit_dir)
     lines = path.read_bytes().split(b"\n")
     order = defaultdict(list)
     for entry in session[1:]:

@@ -12,8 +12,10 @@ class Sink(Protocol):
     The handler calls a sink from one thread at a time, so a sink needs no locks. After a call
     that raised, it calls `close` and then, with a new session, `open`.
     A sink may also have `check() -> None`, which raises `SinkError` when it cannot be written to
-    (called at configuration time), `space() -> Space`, and `ready() -> None`, which raises
-    `SessionOver` when the session must end (called before another sink writes the same lines).
+    (called at configuration time), `space() -> Space`, `ready() -> None`, which raises
+    `SessionOver` when the session must end (called before another sink writes the same lines),
+    `ended(reason, clean=...) -> None`, told of a session's end before `close`, and
+    `settle() -> None`, which waits for what it sends elsewhere (called when the handler closes).
     See `TellsSent` for one that can keep its disk or server busy.
     """
 

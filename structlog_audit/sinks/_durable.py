@@ -92,6 +92,41 @@ def create(directory: str, base: int, name: str) -> int:
     return descriptor
 
 
+def open_shared(directory: str, base: int, name: str) -> int:
+    """Open a file that several processes append to, or create it, for its owner alone.
+
+    A crash leaves an empty file, or none. One that is new is not removed whatever fails: another
+    process may have opened it already. What is no regular file is not waited for.
+
+    Returns:
+        Its descriptor, for reading and appending.
+    """
+    flags = os.O_RDWR | os.O_APPEND | _NOFOLLOW | _CLOEXEC | _BINARY | getattr(os, "O_NONBLOCK", 0)
+    path, where = (os.path.join(directory, name), None) if base < 0 else (name, base)
+    with contextlib.suppress(FileNotFoundError):
+        return _open_above_standard(path, flags, where)
+    try:
+        descriptor = _open_above_standard(path, flags | os.O_CREAT | os.O_EXCL, where)
+    except FileExistsError:  # another process was faster
+        return _open_above_standard(path, flags, where)
+    if base >= 0:
+        try:
+            os.fchmod(descriptor, 0o600)  # the umask may have taken bits away
+        except OSError:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _open_above_standard(path: str, flags: int, where: int | None) -> int:
+    descriptor = os.open(path, flags, 0o600, dir_fd=where)
+    try:
+        return _above_standard(descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
 def _above_standard(descriptor: int) -> int:
     """Move a descriptor away from 0, 1 and 2.
 
@@ -113,6 +148,28 @@ def append(descriptor: int, data: bytes) -> int:
     A crash leaves any part of them. Fewer bytes than given mean a full disk, a quota or a limit.
     """
     return os.write(descriptor, data)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write what may take several calls, to a file that nobody reads before it is synced."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def read_anew(descriptor: int) -> None:
+    """Have what was synced be read from the disk again, where the system can be asked for that."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cut(descriptor: int, size: int) -> None:
+    """Take back what could not be appended, or not be made durable, and was never acknowledged.
+
+    What is appended next writes the same pages anew, so an earlier failed sync of them is no
+    matter. A crash leaves any part of what was to be cut.
+    """
+    os.ftruncate(descriptor, size)
 
 
 def sync(descriptor: int) -> None:

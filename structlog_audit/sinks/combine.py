@@ -93,10 +93,18 @@ class AllOf:
         if refused is not None:
             raise refused
 
+    def ended(self, reason: str, *, clean: bool) -> None:
+        """Tell those that keep a journal."""
+        _each("ended", self.sinks[: self._opened], reason, clean=clean)
+
+    def settle(self) -> None:
+        """Wait for what they send elsewhere."""
+        _each("settle", self.sinks)
+
     def close(self) -> None:
         """Close all."""
         opened, self._opened = self._opened, 0
-        _close(self.sinks[:opened])
+        _each("close", self.sinks[:opened])
 
     def _failure(self, number: int, error: SinkError) -> SinkError:
         """Say who confirmed, who failed, and who was not tried."""
@@ -232,11 +240,20 @@ class FirstOf:
             over.persisted = "unknown"
         raise over
 
+    def ended(self, reason: str, *, clean: bool) -> None:
+        """Tell the one that is open, if it keeps a journal."""
+        if self._current is not None:
+            _each("ended", self.sinks[self._current : self._current + 1], reason, clean=clean)
+
+    def settle(self) -> None:
+        """Wait for what they send elsewhere."""
+        _each("settle", self.sinks)
+
     def close(self) -> None:
         """Close the one that is open."""
         current, self._current = self._current, None
         if current is not None:
-            _close(self.sinks[current : current + 1])
+            _each("close", self.sinks[current : current + 1])
 
     def _order(self) -> list[int]:
         """Return the sinks in the order given; last those left alone, and those just tried."""
@@ -333,16 +350,20 @@ def _least_space(sinks: Sequence[Sink]) -> Space:
     return min(spaces, key=lambda space: space.free / max(1, space.total))
 
 
-def _close(sinks: Sequence[Sink]) -> None:
-    """Close all, even if one of them cannot."""
+def _each(verb: str, sinks: Sequence[Sink], *args: object, **named: object) -> None:
+    """Call all that have the verb, even if one of them fails."""
     problem: Exception | None = None
     for sink in sinks:
         try:
-            sink.close()
+            getattr(sink, verb, _nothing)(*args, **named)
         except Exception as error:  # noqa: BLE001 - a foreign sink may raise anything
             problem = error
     if problem is not None:
         raise problem
+
+
+def _nothing(*args: object, **named: object) -> None:
+    """Stand in for what a sink need not have."""
 
 
 def _all_failed(problems: Sequence[SinkError]) -> SinkError:

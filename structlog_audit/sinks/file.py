@@ -6,7 +6,10 @@
    the first one, the file and its directory are synced as a whole.
 3. After a failed or short write, or a failed sync, the file is left alone: not cut, not appended
    to, not synced. A file that could not take its first line is removed again.
-4. Before each write, the path must still lead to our file, and the file must be as long as we
+4. A session is entered in the directory's journal (`journal.py`) when its first lines are durable,
+   before they are acknowledged, and so is its end. An end of which nobody can tell whether the
+   journal has it is entered again, in the same words.
+5. Before each write, the path must still lead to our file, and the file must be as long as we
    left it. Otherwise it was deleted, moved, replaced, cut or written by someone else, and the
    session is over.
 """
@@ -21,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from structlog_audit.alarm import Space
+from structlog_audit.checkpoint import Checkpoints, Head, Signer
 from structlog_audit.exceptions import (
     AuditConfigurationError,
     Persisted,
@@ -28,7 +32,10 @@ from structlog_audit.exceptions import (
     SinkError,
     from_oserror,
 )
+from structlog_audit.journal import Event, Journal
 from structlog_audit.sinks import _durable
+from structlog_audit.sinks._lock import mark_alive, try_lock
+from structlog_audit.values import well_formed
 
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -41,6 +48,7 @@ class FileSink:
         prefix: begin of the file names: letters, digits, dot, dash, underscore.
         allow_unsafe_directory: accept a directory that is a symbolic link or that anybody may
             write to, as some mounted volumes are.
+        signer: signs the journal and the sessions now and then.
 
     Raises:
         AuditConfigurationError: the prefix or the directory's name is unusable.
@@ -52,6 +60,7 @@ class FileSink:
         prefix: str = "audit",
         *,
         allow_unsafe_directory: bool = False,
+        signer: Signer | None = None,
     ) -> None:
         if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
             raise AuditConfigurationError(
@@ -81,14 +90,20 @@ class FileSink:
         self.allow_unsafe_directory = allow_unsafe_directory
         self.path: str | None = None
         self.on_sent: Callable[[], None] | None = None
+        self.signer = signer
+        self._journal = Journal(self.directory, prefix, follow=allow_unsafe_directory)
+        self._checkpoints = None if signer is None else Checkpoints(self._journal, signer)
+        self._owed: list[Event] = []  # what the journal could not take yet
+        self._pid = os.getpid()
         self._identity: tuple[int, int] | None = None
+        self._head: Head | None = None
         self._forget()
 
     def __repr__(self) -> str:
         return f"FileSink({self.directory!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _file_sink, (self.directory, self.prefix, self.allow_unsafe_directory)
+        return _file_sink, (self.directory, self.prefix, self.allow_unsafe_directory, self.signer)
 
     def check(self) -> None:
         """Try whether a session file could be made; leaves no trace but the directory.
@@ -98,15 +113,24 @@ class FileSink:
         """
         base = self._open_directory()
         name = f".{self.prefix}-check-{os.getpid()}-{time.monotonic_ns()}"
+        doing = "create"
         try:
-            _durable.close(_durable.create(self.directory, base, name))
-            _durable.remove(self.directory, base, name)
+            descriptor = _durable.create(self.directory, base, name)
+            doing = "lock"  # as the journal must be
+            try:
+                try_lock(descriptor)
+            finally:
+                _durable.close(descriptor)
+                _durable.remove(self.directory, base, name)
         except OSError as error:
             raise from_oserror(
-                f"cannot create a file in {self.directory}", error, path=self.directory
+                f"cannot {doing} a file in {self.directory}", error, path=self.directory
             ) from error
         finally:
             _durable.close(base)
+        self._journal.check()
+        if self.signer is not None:
+            self.signer.check()
 
     def space(self) -> Space:
         """Return the room that is left for an ordinary user, in bytes."""
@@ -127,10 +151,12 @@ class FileSink:
         """
         self.close()
         self._base = self._open_directory()
-        self._name = f"{self.prefix}-{time.strftime('%Y%m%d', time.gmtime())}-{session}.ndjson"
+        self._name = _session_name(self.prefix, session)
         self.path = os.path.join(self.directory, self._name)
         try:
             self._descriptor = _durable.create(self.directory, self._base, self._name)
+            self._session = session
+            mark_alive(self._descriptor)
             self._identity = _identity(os.fstat(self._descriptor))
         except OSError as error:
             path = self.path
@@ -158,10 +184,65 @@ class FileSink:
                 _durable.sync_new_file(self._descriptor, self._base)
         except OSError as error:
             raise self._failed("sync of", error, "unknown") from error
+        before = self._head.sequence if self._head else 0
+        head = Head(self._session, before + len(lines), lines[-1])
+        if not self._size:
+            self._enter(head)
         self._size += len(data)
+        self._head = head
+        if self._checkpoints is not None:
+            self._checkpoints.notice(head)
         base, self._base = self._base, -1
         with contextlib.suppress(OSError):
             _durable.close(base)  # it was needed until the file's name was durable
+
+    def ended(self, reason: str, *, clean: bool) -> None:
+        """Enter in the journal how far the session goes, and why it ended.
+
+        Raises:
+            SinkError: the journal does not take it; it is tried again with the next session.
+        """
+        head = self._head
+        if head is None:
+            return
+        self._owed.append({
+            "event": "Close" if clean else "Break", "file": self._name, **head.as_dict(),
+            "reason": well_formed(reason),
+        })  # fmt: skip
+        self._pay()
+
+    def settle(self) -> None:
+        """Wait for what goes elsewhere apart from the lines: the anchors.
+
+        Raises:
+            SinkError: they do not arrive.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.settle()
+
+    def _enter(self, head: Head) -> None:
+        """Enter the session in the journal, after the ends that are owed to it."""
+        entered = {"event": "Open", "file": self._name, **head.as_dict()}
+        try:
+            if self._owed and self._checkpoints is not None:
+                self._pay()  # signed: an end that nobody signs looks like a forged one
+            self._journal.append(*self._owed, entered)
+        except SinkError as error:
+            if error.persisted == "no" and not self._discard_durably():
+                error.persisted = "unknown"
+            raise
+        self._owed = []
+        if self._checkpoints is not None:
+            assert self.path is not None
+            self._checkpoints.begin(self.path)
+
+    def _pay(self) -> None:
+        owed = self._owed
+        if self._checkpoints is None:
+            self._journal.append(*owed)
+        else:
+            self._checkpoints.end(owed)
+        self._owed = []
 
     def ready(self) -> None:
         """Look whether the file is still there, and ours.
@@ -179,6 +260,10 @@ class FileSink:
         """
         descriptor, base, identity = self._descriptor, self._base, self._identity
         self._forget()
+        if os.getpid() != self._pid:
+            self._pid = os.getpid()
+            self._owed = []  # by the parent
+            self._journal.after_fork()
         with contextlib.suppress(OSError):
             _durable.close(base)
         with contextlib.suppress(OSError):
@@ -190,7 +275,11 @@ class FileSink:
         self._base = -1
         self._name = ""
         self._size = 0
+        self._session = ""
+        self._head = None
         self._identity = None
+        if self._checkpoints is not None:
+            self._checkpoints.forget()
 
     def _open_directory(self) -> int:
         base = -1
@@ -262,6 +351,15 @@ class FileSink:
         self._discard_unless_used()
         return failed
 
+    def _discard_durably(self) -> bool:
+        """Remove a file that is durable with its first lines; tell whether that is as durable."""
+        try:
+            _durable.remove(self.directory, self._base, self._name)
+            _durable.sync_directory(self._base)
+        except OSError:
+            return False
+        return True
+
     def _discard_unless_used(self) -> bool:
         """Remove a file that could not take its first line; tell whether it is gone."""
         if self._size:
@@ -273,9 +371,20 @@ class FileSink:
         return True
 
 
+def session_names(prefix: str) -> re.Pattern[str]:
+    """Return a pattern for the names of session files with that prefix; group 1 is the session."""
+    return re.compile(rf"{re.escape(prefix)}-\d{{8}}-([a-z0-9]{{20}})\.ndjson", re.ASCII)
+
+
+def _session_name(prefix: str, session: str) -> str:
+    return f"{prefix}-{time.strftime('%Y%m%d', time.gmtime())}-{session}.ndjson"
+
+
 def _identity(stats: os.stat_result) -> tuple[int, int]:
     return stats.st_dev, stats.st_ino
 
 
-def _file_sink(directory: str, prefix: str, allow_unsafe_directory: bool) -> FileSink:
-    return FileSink(directory, prefix, allow_unsafe_directory=allow_unsafe_directory)
+def _file_sink(
+    directory: str, prefix: str, allow_unsafe_directory: bool, signer: Signer | None
+) -> FileSink:
+    return FileSink(directory, prefix, allow_unsafe_directory=allow_unsafe_directory, signer=signer)

@@ -107,6 +107,8 @@ def main(config: dict) -> None:
     before = open_descriptors()
 
     def record(number: int) -> None:
+        if number in config.get("reopen", ()):
+            handler._sessions.request_reopen()  # without its thread: calls shall keep their order
         entry = {"action": "InvoiceDelete", "n": number, "filler": "x" * config.get("bytes", 100)}
         try:
             receipt = handler.record(entry)

@@ -18,6 +18,7 @@ import pytest
 
 import structlog_audit
 
+JOURNAL = "audit-journal.ndjson"
 CHILD = Path(__file__).with_name("child.py")
 PACKAGE = Path(structlog_audit.__file__).parents[1]
 PATIENCE = 120
@@ -25,7 +26,7 @@ PATIENCE = 120
 WATCHED = (
     "openat,?open,?mkdir,mkdirat,?rmdir,fchmod,?chmod,fchmodat,?fstat,?newfstatat,?stat,?lstat,?statx,write,writev,"
     "pwrite64,fsync,fdatasync,sync_file_range,ftruncate,close,?unlink,unlinkat,?rename,renameat,"
-    "renameat2,?statfs,?fstatfs"
+    "renameat2,?statfs,?fstatfs,flock,lseek,read"
 )
 
 
@@ -73,6 +74,11 @@ class Run:
     @property
     def errors(self) -> list[dict[str, Any]]:
         return [line for line in self.journal if "error" in line]
+
+    @property
+    def was_closed(self) -> bool:
+        """Tell whether the child came to its end."""
+        return bool(self.journal) and "closed" in self.journal[-1]
 
     @property
     def injected(self) -> list[Call]:
@@ -142,8 +148,9 @@ def run_traced(
     imported everything. `names` is the letter that the first session's name is made of.
     """
     trace = journal.with_suffix(".trace")
-    watched = [journal, *_upwards(directory), *session_files(directory)]
-    paths = [*map(str, watched), *(path.name for path in session_files(directory))]
+    files = [directory / JOURNAL, *session_files(directory)]
+    watched = [journal, *_upwards(directory), *files]
+    paths = [*map(str, watched), *(path.name for path in files)]
     command = child(directory, journal=str(journal), traced=ord(names) - ord("a"), **options)
     with _popen(command, environment(package)) as recorder:
         assert recorder.stdout.readline() == "ready\n", recorder.stderr.read()
@@ -178,7 +185,7 @@ def _upwards(directory: Path) -> list[Path]:
 _LINE = re.compile(r"^\d+ +(\w+)\((.*)\) += (.*)$")
 _NAMED = re.compile(r'^(?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"([^"]+)"')
 _OPEN = re.compile(r"^(\d+)<([^>]*)>")
-_BY_DESCRIPTOR = re.compile(r"write|sync|close|truncate|fchmod|fstat")
+_BY_DESCRIPTOR = re.compile(r"write|sync|close|truncate|fchmod|fstat|flock|lseek|read")
 
 
 def read_trace(trace: Path) -> list[Call]:

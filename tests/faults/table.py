@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .checker import File, check_run, check_trace, read_files
-from .runner import PACKAGE, Call, Run, run_traced
+from .checker import File, check_run, check_trace, read_files, read_journal_file
+from .runner import JOURNAL, PACKAGE, Call, Run, run_traced
+from .verdict import check_verdict
 
 CALLS = 6
 HARD = ("EIO", "ENOSPC", "EDQUOT")
@@ -30,6 +31,7 @@ class Point:
         persisted: what the error says of the entry.
         by: `descriptor` or `path`, where the verb can have both.
         missing: the directory and its parent are not there yet.
+        second: the fourth record begins a second session.
         also: the point whose fault (EIO) leads to this call.
     """
 
@@ -41,6 +43,7 @@ class Point:
     persisted: str = "no"
     by: str = ""
     missing: bool = False
+    second: bool = False
     also: str = ""
 
     def __str__(self) -> str:
@@ -52,6 +55,7 @@ class Point:
             "directory": str(directory),
             "parent": str(directory.parent),
             "above": str(directory.parent.parent),
+            "journal": str(directory / JOURNAL),
         }
         place = call.path == places[self.where] if self.where in places else _is_first(call.path)
         if self.by:
@@ -86,7 +90,7 @@ POINTS = (
     Point("last line", "write", "file", nth=CALLS + 1),
     Point("sync of the last line", "fdatasync", "file", nth=CALLS),
     Point("close of the file", "close", "file"),
-    Point("close of the directory", "close", "directory"),
+    Point("close of the directory", "close", "directory", nth=2),
     Point("removal of the file", "unlink(at)?", "file", record=0, also="first write"),
     Point(
         "removal after a sync",
@@ -133,17 +137,96 @@ POINTS = (
     ),
     Point("close of the parent", "close", "parent", record=0, missing=True),
 )
-NAMED = {point.name: point for point in POINTS}
+J = "journal"
+JOURNAL_POINTS = (
+    Point("open the directory for the journal", "openat", "directory", nth=2, record=0),
+    Point("open the journal", "openat", J, record=0),
+    Point("create the journal", "openat", J, nth=2, record=0),
+    Point("mode of the journal", "fchmod", J, record=0),
+    Point("identity of the journal", STAT, J, by="descriptor", record=0),
+    Point("look at the journal", STAT, J, by="path", record=0),
+    Point("lock of the journal", "flock", J, record=0),
+    Point("look at the locked journal", STAT, J, by="path", nth=2, record=0),
+    Point("size of the journal", STAT, J, by="descriptor", nth=2, record=0),
+    Point("first write of the journal", "write", J, record=0),
+    Point("sync of the new journal", "fsync", J, record=0),
+    Point("sync of the directory for the journal", "fsync", "directory", nth=2, record=0),
+    Point("unlock of the journal", "flock", J, nth=2),
+    Point("close of the journal", "close", J),
+    Point("close of the directory for the journal", "close", "directory"),
+    Point(
+        "cut of the journal",
+        "ftruncate",
+        J,
+        record=0,
+        persisted="unknown",
+        also="first write of the journal",
+    ),
+    Point(
+        "cut of the new journal",
+        "ftruncate",
+        J,
+        record=0,
+        persisted="unknown",
+        also="sync of the new journal",
+    ),
+    Point(
+        "removal of the file for the journal",
+        "unlink(at)?",
+        "file",
+        record=0,
+        persisted="unknown",
+        also="first write of the journal",
+    ),
+    Point(
+        "sync of that removal",
+        "fsync",
+        "directory",
+        nth=2,
+        record=0,
+        persisted="unknown",
+        also="first write of the journal",
+    ),
+    # the first session's end: nobody fails with it, and the next session's begin tells of it
+    Point("open the journal for an end", "openat", J, nth=3, second=True),
+    Point("lock for an end", "flock", J, nth=3, second=True),
+    Point("go to the last line", "lseek", J, nth=2, second=True),
+    Point("read the last line", "read", J, second=True),
+    Point("write of an end", "write", J, nth=2, second=True),
+    Point("sync of an end", "fdatasync", J, second=True),
+    # the second session's begin
+    Point("open the journal again", "openat", J, nth=4, record=3, second=True),
+    Point("lock again", "flock", J, nth=5, record=3, second=True),
+    Point("read the last line again", "read", J, nth=3, record=3, second=True),
+    Point("write of a begin", "write", J, nth=3, record=3, second=True),
+    Point("sync of a begin", "fdatasync", J, nth=2, record=3, second=True),
+    Point("cut of an end", "ftruncate", J, second=True, also="sync of an end"),
+    Point(
+        "cut of a begin",
+        "ftruncate",
+        J,
+        record=3,
+        persisted="unknown",
+        second=True,
+        also="sync of a begin",
+    ),
+    Point("last end", "write", J, nth=4, second=True),
+    Point("sync of the last end", "fdatasync", J, nth=3, second=True),
+)
+NAMED = {point.name: point for point in (*POINTS, *JOURNAL_POINTS)}
 
 
 @cache
-def fault_free(missing: bool, also: str = "", package: Path = PACKAGE) -> tuple[list[Call], Path]:
+def fault_free(
+    missing: bool, also: str = "", package: Path = PACKAGE, *, second: bool = False
+) -> tuple[list[Call], Path]:
     """Return the trace of a run without the fault, and its directory."""
     with TemporaryDirectory() as place:
         directory = prepare(Path(place), missing=missing)
         result = run_traced(
-            directory, Path(place, "journal"), *_also(also, package), package=package, calls=CALLS
-        )
+            directory, Path(place, "journal"), *_also(also, package), package=package, calls=CALLS,
+            **_sessions(second),
+        )  # fmt: skip
         if not also:
             assert result.status == 0, result.stderr
             check_run(result)
@@ -159,13 +242,17 @@ def prepare(place: Path, *, missing: bool = False) -> Path:
     return directory
 
 
+def _sessions(second: bool) -> dict[str, list[int]]:
+    return {"reopen": [3]} if second else {}
+
+
 def _also(name: str, package: Path) -> list[str]:
     return [injection(NAMED[name], "EIO", package)] if name else []
 
 
 def injection(point: Point, fault: str, package: Path = PACKAGE) -> str:
     """Return strace's expression for a fault at a point, counted in a run without it."""
-    trace, directory = fault_free(point.missing, point.also, package)
+    trace, directory = fault_free(point.missing, point.also, package, second=point.second)
     fitting = [number for number, call in enumerate(trace) if point.fits(call, directory)]
     assert len(fitting) >= point.nth, f"there is no call for: {point.name}"
     target = trace[fitting[point.nth - 1]]
@@ -185,14 +272,18 @@ def run_case(point: Point, fault: str, place: Path, package: Path = PACKAGE) -> 
     directory = prepare(place, missing=point.missing)
     faults = [injection(point, fault, package), *_also(point.also, package)]
     journal = place / "journal"
-    result = run_traced(directory, journal, *faults, package=package, calls=CALLS)
+    result = run_traced(
+        directory, journal, *faults, package=package, calls=CALLS, **_sessions(point.second)
+    )
     _check_hit(result, point, fault)
     killed = fault == "SIGKILL"
-    may_stay_empty = killed or bool(point.also)
-    files = check_run(result, may_stay_empty=may_stay_empty)
+    exempt = killed or bool(point.also)
+    files = check_run(result, may_stay_empty=exempt, may_be_torn=exempt)
     if not killed:
         _check_outcome(result, point, fault)
+    check_verdict(result.directory)
     _check_next_start(result, files, place, package)
+    check_verdict(result.directory)
     return result
 
 
@@ -201,12 +292,14 @@ def _check_next_start(run: Run, files: dict[str, File], place: Path, package: Pa
     left = {debt for debt in check_trace(run.trace) if debt[1] in (
         str(run.directory.parent), str(run.directory.parent.parent))}  # fmt: skip
     before = {file.path: file.path.read_bytes() for file in files.values()}
+    entered = read_journal_file(run.directory).lines
     again = run_traced(
         run.directory, place / "again", package=package, names="m", calls=2, first=100
     )
     assert (again.status, len(again.acknowledged)) == (0, 2), f"no next start: {again.stderr}"
     check_run(again, may_stay_empty=True)
     check_trace(again.trace, frozenset(left))
+    assert read_journal_file(run.directory).lines[: len(entered)] == entered
     for path, data in before.items():
         assert path.read_bytes() == data, f"{path.name} was changed by the next start"
 
