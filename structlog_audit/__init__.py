@@ -3,6 +3,7 @@
 from structlog_audit._version import __version__
 from structlog_audit.alarm import Space
 from structlog_audit.audited import audited
+from structlog_audit.checkpoint import Signer
 from structlog_audit.context import audit_context, bind_audit_context, clear_audit_context
 from structlog_audit.entry import AUDIT, Receipt
 from structlog_audit.exceptions import (
@@ -54,6 +55,7 @@ __all__ = [
     "SeqSink",
     "SessionOver",
     "Settings",
+    "Signer",
     "Sink",
     "SinkError",
     "Space",

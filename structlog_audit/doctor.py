@@ -32,7 +32,7 @@ from structlog_audit.processors import RouteAudit, check_order
 from structlog_audit.settings import Settings
 from structlog_audit.sinks._base import Sink
 from structlog_audit.sinks.combine import AllOf, FirstOf
-from structlog_audit.sinks.file import FileSink
+from structlog_audit.sinks.file import FileSink, session_names
 from structlog_audit.sinks.http import HttpSink
 from structlog_audit.sinks.seq import SeqSink
 from structlog_audit.testing import capture_audit
@@ -72,6 +72,7 @@ class Report:
         space: free and total bytes, and days left at the current rate.
         permissions: owner and mode of the directory, and who asks.
         latency: p50 and p99 of one write and sync, in microseconds.
+        signing: who signs checkpoints, when, and where they are anchored; None without a directory.
         lag: what the forwarder has not shipped yet, where one is at work or should be.
         processors: the application's processors in order, where one was given.
         problems: what should be mended.
@@ -90,6 +91,7 @@ class Report:
     space: dict[str, Any] | None = None
     permissions: dict[str, Any] | None = None
     latency: dict[str, Any] | None = None
+    signing: dict[str, Any] | None = None
     lag: dict[str, Any] | None = None
     processors: list[str] | None = None
     problems: list[str] = field(default_factory=list)
@@ -192,6 +194,9 @@ def _examine_server(sink: HttpSink, report: Report) -> None:
 
 def _examine_directory(handler: AuditHandler, sink: FileSink, report: Report) -> None:
     missing = _missing(sink.directory)
+    if sink.signer is not None and isinstance(anchor := sink.signer.anchor, AuditHandler):
+        missing += [] if not isinstance(anchor.sink, FileSink) else _missing(anchor.sink.directory)
+    report.signing = _signing(sink)
     try:
         try:
             AuditHandler(sink).check()
@@ -209,6 +214,20 @@ def _examine_directory(handler: AuditHandler, sink: FileSink, report: Report) ->
         for directory in missing:  # made by the check; a report leaves no trace
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
+
+
+def _signing(sink: FileSink) -> dict[str, Any]:
+    """Tell who signs, when, and where the signatures go as well."""
+    signer = sink.signer
+    if signer is None:
+        return {"keys": []}
+    anchor = signer.anchor
+    return {
+        "keys": [str(key.verifier) for key in signer.keys],
+        "entries": signer.entries,
+        "interval": signer.interval,
+        "anchor": repr(getattr(anchor, "sink", anchor)) if anchor is not None else None,
+    }
 
 
 def _missing(path: str) -> list[str]:
@@ -377,11 +396,11 @@ def _user(number: int) -> str:
 
 def _sessions(sink: FileSink) -> tuple[dict[str, Any], float]:
     """Return what is known of the session files, and the bytes written in a day."""
-    now = time.time()
+    now, names = time.time(), session_names(sink.prefix)
     files = []
     with os.scandir(sink.directory) as found:
         for item in found:
-            if item.name.startswith(f"{sink.prefix}-") and item.name.endswith(".ndjson"):
+            if names.fullmatch(item.name):
                 stats = item.stat(follow_symlinks=False)
                 files.append((stats.st_mtime, stats.st_size, item.path))
     recent = [f for f in files if now - f[0] < RATE_DAYS * 86_400]

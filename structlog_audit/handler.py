@@ -281,8 +281,19 @@ class AuditHandler(logging.Handler):
             raise self._no_answer(error, None) from None
         finally:
             super().close()
+        self._settle()
         if lost:
             raise _lost_outcomes(lost, self.sink, self._sessions.gap.reason)
+
+    def _settle(self) -> None:
+        """Wait for what the sink sends elsewhere; the entries are durable whatever happens."""
+        settle = getattr(self.sink, "settle", None)
+        if settle is None:
+            return
+        try:
+            settle()
+        except SinkError as error:
+            self._alarm.tell(error)
 
     def _close_for_logging(self) -> None:
         """Close without raising: logging would leave the handlers after this one unclosed."""

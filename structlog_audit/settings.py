@@ -19,6 +19,7 @@ from typing import Any, Literal
 from structlog.typing import Processor
 
 from structlog_audit.alarm import OnFailure
+from structlog_audit.checkpoint import DEFAULT_ENTRIES, DEFAULT_INTERVAL, Signer
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.handler import (
     DEFAULT_LOW_SPACE,
@@ -39,6 +40,10 @@ Mode = Literal["basic", "verbose_including_cid"]
 MODES: tuple[Mode, ...] = ("basic", "verbose_including_cid")
 LARGEST = 10.0**15
 """Of any number in the environment: beyond it, no size in bytes is exact."""
+_CONSOLE: dict[str, Literal["stdout", "stderr"]] = {
+    "/dev/stdout": "stdout",
+    "/dev/stderr": "stderr",
+}
 _log = logging.getLogger("structlog_audit")
 LEAST_SPACE = 2**10
 """Bytes: fewer, as a threshold, are a percentage without its sign."""
@@ -70,6 +75,11 @@ class Settings:
         server_allow_insecure: accept a server without TLS on another machine.
         policy: with a directory and a server: `all` must confirm, or the `first` that can.
         startup: `strict` or `lazy`: whether a server must be there when the processors are made.
+        signing_key: the private key that signs checkpoints, or several, each on a line.
+        signing_key_file: file that holds it.
+        checkpoint_entries: a checkpoint after so many entries of a session.
+        checkpoint_interval: a checkpoint after so many seconds, also when nothing happened.
+        anchor: where checkpoints go as well: `server`, a directory, or `/dev/stdout`.
     """
 
     directory: str | None = None
@@ -93,6 +103,11 @@ class Settings:
     server_allow_insecure: bool = False
     policy: str | None = None
     startup: str = "strict"
+    signing_key: str | None = field(default=None, repr=False)
+    signing_key_file: str | None = None
+    checkpoint_entries: int = DEFAULT_ENTRIES
+    checkpoint_interval: float = DEFAULT_INTERVAL
+    anchor: str | None = None
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -139,6 +154,7 @@ class Settings:
         if self.server_url is None:
             return self._local_sink()
         if self.directory is None:
+            self._check_unsigned()
             return self.server_sink()
         both = (self.server_sink(), self._local_sink())
         return FirstOf(*both) if self.policy == "first" else AllOf(*both)
@@ -156,6 +172,13 @@ class Settings:
             raise AuditConfigurationError(
                 "AUDIT_LOG_POLICY says how two targets go together, and there is one at most",
                 hint="set both AUDIT_LOG_DIR and AUDIT_SERVER_URL, or unset it",
+            )
+
+    def _check_unsigned(self) -> None:
+        """Refuse a key where nothing can be signed with it."""
+        if self.signing_key is not None or self.signing_key_file is not None or self.anchor:
+            raise AuditConfigurationError(
+                "a key signs what stands in a directory, and AUDIT_LOG_DIR names none"
             )
 
     def server_sink(self) -> HttpSink:
@@ -191,9 +214,62 @@ class Settings:
                 hint="set AUDIT_LOG_DIR to a directory, AUDIT_SERVER_URL to a server, or pass "
                 'handler=AuditHandler(FileSink("./audit")) to audit_processors()',
             )
-        if self.directory in ("/dev/stdout", "/dev/stderr"):
-            return ConsoleSink("stdout" if self.directory.endswith("out") else "stderr")
-        return FileSink(self.directory, self.prefix, allow_unsafe_directory=self.allow_unsafe_dir)
+        if self.directory in _CONSOLE:
+            self._check_unsigned()
+            return ConsoleSink(_CONSOLE[self.directory])
+        return FileSink(
+            self.directory,
+            self.prefix,
+            allow_unsafe_directory=self.allow_unsafe_dir,
+            signer=self.signer(),
+        )
+
+    def signer(self) -> Signer | None:
+        """Make what signs checkpoints; None without a key.
+
+        Raises:
+            AuditConfigurationError: the key is unusable, or the anchor.
+        """
+        if self.signing_key is not None and self.signing_key_file is not None:
+            raise AuditConfigurationError(
+                "set AUDIT_LOG_SIGNING_KEY or AUDIT_LOG_SIGNING_KEY_FILE, not both"
+            )
+        options: dict[str, Any] = {
+            "entries": self.checkpoint_entries,
+            "interval": self.checkpoint_interval,
+            "anchor": self._anchor(),
+        }
+        if self.signing_key_file is not None:
+            return Signer(self.signing_key_file, **options)
+        if self.signing_key is not None:
+            return Signer.from_text(self.signing_key, **options)
+        if self.anchor is not None:
+            raise AuditConfigurationError(
+                "AUDIT_LOG_ANCHOR is set, and there is no key to sign what would be anchored",
+                hint="set AUDIT_LOG_SIGNING_KEY_FILE; structlog-audit keygen makes one",
+            )
+        return None
+
+    def _anchor(self) -> AuditHandler | None:
+        """Make the handler that records checkpoints elsewhere."""
+        if self.anchor is None:
+            return None
+        if self.anchor == "server":
+            if self.server_url is None:
+                raise AuditConfigurationError(
+                    "AUDIT_LOG_ANCHOR=server, and AUDIT_SERVER_URL is not set"
+                )
+            sink: Sink = self.server_sink()
+        elif self.anchor in _CONSOLE:
+            sink = ConsoleSink(_CONSOLE[self.anchor])
+        elif self.directory and os.path.realpath(self.anchor) == os.path.realpath(self.directory):
+            raise AuditConfigurationError(
+                "AUDIT_LOG_ANCHOR is the directory of the log itself",
+                hint="an anchor is kept where nobody who can write the log can change it",
+            )
+        else:
+            sink = FileSink(self.anchor, "anchor", allow_unsafe_directory=self.allow_unsafe_dir)
+        return AuditHandler(sink, app=self.app, timeout=self.timeout)
 
     def handler(self) -> AuditHandler:
         """Make a handler, and make sure that its target can be opened.
@@ -232,6 +308,16 @@ def _directory(text: str) -> str:
     if text.startswith("$") or "://" in text:
         raise ValueError("it must be a path, written out")
     return _text(text)
+
+
+def _anchor(text: str) -> str:
+    return text if text == "server" else _directory(text)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,14}", text):
+        raise ValueError("it must be a whole number above 0")
+    return int(text)
 
 
 def _one_of(*words: str) -> Callable[[str], str]:
@@ -317,6 +403,11 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "AUDIT_LOG_ALLOW_UNSAFE_DIR": ("allow_unsafe_dir", _flag),
     "AUDIT_LOG_POLICY": ("policy", _one_of("all", "first")),
     "AUDIT_LOG_STARTUP": ("startup", _one_of("strict", "lazy")),
+    "AUDIT_LOG_SIGNING_KEY": ("signing_key", _text),
+    "AUDIT_LOG_SIGNING_KEY_FILE": ("signing_key_file", _text),
+    "AUDIT_LOG_CHECKPOINT_ENTRIES": ("checkpoint_entries", _count),
+    "AUDIT_LOG_CHECKPOINT_INTERVAL": ("checkpoint_interval", _seconds),
+    "AUDIT_LOG_ANCHOR": ("anchor", _anchor),
     "AUDIT_SERVER_URL": ("server_url", _text),
     "AUDIT_SERVER_API_KEY": ("server_api_key", _text),
     "AUDIT_SERVER_API_KEY_FILE": ("server_api_key_file", _text),
@@ -327,7 +418,11 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
     "AUDIT_SERVER_TIMEOUT": ("server_timeout", _seconds),
     "AUDIT_SERVER_ALLOW_INSECURE": ("server_allow_insecure", _flag),
 }
-_SECRET = {"AUDIT_SERVER_API_KEY", "AUDIT_SERVER_URL"}  # a URL may carry a password by mistake
+_SECRET = {
+    "AUDIT_LOG_SIGNING_KEY",
+    "AUDIT_SERVER_API_KEY",
+    "AUDIT_SERVER_URL",
+}  # a URL may carry a password by mistake
 
 
 def _variable(name: str) -> tuple[str, Callable[[str], object]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import structlog
-from reading import recorded
+from reading import recorded, session_files
 from running import in_threads
 from servers.certificates import make_certificates
 
@@ -276,7 +276,7 @@ def test_the_environment_alone_is_enough(audit_dir: Path, monkeypatch: pytest.Mo
 
     audit_log.info(action="A")
 
-    (path,) = audit_dir.iterdir()
+    (path,) = session_files(audit_dir)
     assert path.name.startswith("shop-")
     assert recorded(audit_dir)[0]["app"] == "from the host"
 

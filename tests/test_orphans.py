@@ -1,0 +1,149 @@
+"""Sessions whose process was killed: whoever signs next enters their ends, as they are found."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import orjson
+import pytest
+from reading import session_files
+from running import eventually, run_python, run_well
+from signing import make_key
+
+from structlog_audit import AuditHandler, FileSink, Signer
+from structlog_audit.note import SigningKey
+from structlog_audit.orphans import without_end
+from structlog_audit.report import Report
+from structlog_audit.verify import verify
+
+KILLED = """
+    import os, signal, sys
+    from structlog_audit import AuditHandler, FileSink, Signer
+    handler = AuditHandler(FileSink(sys.argv[1], signer=Signer(sys.argv[2])))
+    for number in range(9):
+        handler.record({"action": "A", "data": {"n": number}})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+NEXT = """
+    import sys, time
+    from structlog_audit import AuditHandler, FileSink, Signer
+    from structlog_audit.orphans import without_end
+    sink = FileSink(sys.argv[1], signer=Signer(sys.argv[2]))
+    handler = AuditHandler(sink)
+    handler.record({"action": "B"})
+    end = time.monotonic() + 30
+    while len(without_end(sys.argv[1] + "/audit-journal.ndjson")) > int(sys.argv[3]):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    handler.close()
+"""
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> SigningKey:
+    return make_key(tmp_path / "audit.key")
+
+
+@pytest.fixture
+def killed(audit_dir: Path, tmp_path: Path, key: SigningKey) -> Path:
+    """The file of a session whose process was killed."""
+    assert run_python(KILLED, audit_dir, tmp_path / "audit.key").returncode == -9
+    (path,) = session_files(audit_dir)
+    return path
+
+
+def found(directory: Path) -> list[dict[str, object]]:
+    lines = (directory / "audit-journal.ndjson").read_bytes().splitlines()
+    return [event for event in map(orjson.loads, lines) if event.get("found")]
+
+
+def verified(directory: Path, key: SigningKey) -> Report:
+    return verify(directory, keys=[key.verifier])
+
+
+def test_the_next_one_that_signs_enters_the_end(
+    audit_dir: Path, tmp_path: Path, key: SigningKey, killed: Path
+) -> None:
+    """From then on it is covered, and whoever changes it is seen."""
+    assert verified(audit_dir, key).verdict == "incomplete"
+
+    run_well(NEXT, audit_dir, tmp_path / "audit.key", 1)
+
+    report = verified(audit_dir, key)
+    assert report.verdict == "valid"
+    assert any("entered as they were found" in sentence for sentence in report.not_checked)
+    (event,) = found(audit_dir)
+    assert (event["event"], event["sequence"]) == ("Break", 10)
+    killed.write_bytes(killed.read_bytes().replace(b'"n":8', b'"n":7'))
+    assert verified(audit_dir, key).verdict == "tampered"
+
+
+def test_several_that_find_it_at_once_agree(
+    audit_dir: Path, tmp_path: Path, key: SigningKey, killed: Path
+) -> None:
+    """It may be entered twice, in the same words."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: run_python(NEXT, audit_dir, tmp_path / "audit.key", 4), range(4)))
+
+    assert {(e["session"], e["sequence"]) for e in found(audit_dir)} == {(killed.name[-27:-7], 10)}
+    assert verified(audit_dir, key).verdict == "valid"
+
+
+def test_a_torn_line_is_left_out(
+    audit_dir: Path, tmp_path: Path, key: SigningKey, killed: Path
+) -> None:
+    """Nobody was told that it is recorded."""
+    killed.write_bytes(killed.read_bytes() + b'{"level":35')
+
+    run_well(NEXT, audit_dir, tmp_path / "audit.key", 1)
+
+    assert [event["sequence"] for event in found(audit_dir)] == [10]
+    assert verified(audit_dir, key).verdict == "valid"
+
+
+@pytest.mark.parametrize("change", ["edited", "cut", "missing", "not linked"])
+def test_what_contradicts_the_journal_is_not_entered(
+    audit_dir: Path,
+    key: SigningKey,
+    tmp_path: Path,
+    killed: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: str,
+) -> None:
+    """It stays what it is: evidence."""
+    lines = killed.read_bytes().splitlines(keepends=True)
+    if change == "edited":
+        lines[1] = lines[1].replace(b'"n":0', b'"n":1')
+    elif change == "not linked":
+        lines[5] = lines[5].replace(b'"n":4', b'"n":1')
+    killed.write_bytes(b"".join(lines[:1] if change == "cut" else lines))
+    if change == "missing":
+        killed.unlink()
+    signer = Signer(tmp_path / "audit.key")
+    handler = AuditHandler(FileSink(audit_dir, signer=signer))
+    with caplog.at_level(logging.ERROR, "structlog_audit"):
+        handler.record({"action": "B"})
+        if change != "missing":
+            eventually(lambda: "was changed" in caplog.text)
+        handler.close()
+
+    assert found(audit_dir) == []
+    assert verified(audit_dir, key).verdict in ("tampered", "incomplete")
+
+
+def test_a_session_that_is_being_written_is_left_alone(
+    audit_dir: Path, tmp_path: Path, key: SigningKey
+) -> None:
+    """Its process holds a lock."""
+    signer = Signer(tmp_path / "audit.key")
+    alive = AuditHandler(FileSink(audit_dir, signer=signer))
+    alive.record({"action": "A"})
+
+    run_well(NEXT, audit_dir, tmp_path / "audit.key", 2)
+
+    assert found(audit_dir) == []
+    assert len(without_end(str(audit_dir / "audit-journal.ndjson"))) == 1
+    alive.close()
+    assert verified(audit_dir, key).verdict == "valid"
