@@ -1,0 +1,584 @@
+"""What a journal says of the sessions, and how far signatures and anchors vouch for it.
+
+The journal is read once, line by line. Its own chain is followed (`scan.py`), and a Merkle tree
+grows over its lines; each note in it, and each anchor from elsewhere, is compared with the tree
+that it signs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, NamedTuple
+
+import orjson
+
+from structlog_audit._version import FORMAT
+from structlog_audit.holds import Hold, Prune, in_force, parse_time
+from structlog_audit.journal import journal_origin
+from structlog_audit.merkle import Frontier, leaf_hash
+from structlog_audit.note import (
+    Checkpoint,
+    NoteError,
+    UnknownKeys,
+    VerifierKey,
+    open_note,
+    signers_of,
+)
+from structlog_audit.report import Finding, Kind, Mark, Verdict
+from structlog_audit.scan import MOST_FINDINGS, ZEROS, Chain
+from structlog_audit.source import Lines, Source, Unreadable
+
+RECENT = 60.0
+"""Seconds after which nothing is under way any more that was not finished."""
+
+
+class Point(NamedTuple):
+    """A line of a session that the journal knows.
+
+    Attributes:
+        sequence: its number in the session.
+        line: the line of the journal that says so.
+        time: when that line was written.
+    """
+
+    sequence: int
+    line: int
+    time: str
+
+
+class Ending(NamedTuple):
+    """How a session ended, as the first line of the journal says that tells it.
+
+    Attributes:
+        kind: `Close`, or `Break` for a failure.
+        sequence: number of the session's last line.
+        line: the line of the journal.
+        found: somebody else entered it, as it was found.
+    """
+
+    kind: Literal["Close", "Break"]
+    sequence: int
+    line: int
+    found: bool = False
+
+
+@dataclass(slots=True)
+class Facts:
+    """What the journal says of a session.
+
+    Attributes:
+        file: name of its file.
+        hashes: of its lines that are known, by number.
+        points: the same lines, in the order of the journal.
+        ending: how it ended, if it did.
+        prunes: the tombstones of its file; a run that was interrupted leaves one of its own.
+    """
+
+    file: str = ""
+    hashes: dict[int, str] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+    ending: Ending | None = None
+    prunes: list[Prune] = field(default_factory=list)
+
+    def times(self) -> tuple[datetime | None, datetime | None]:
+        """Return when it was entered, and when its end was; None for what is not known."""
+        began = _time_of(self.points[0]) if self.points else None
+        ended = [point for point in self.points if self.ending and point.line == self.ending.line]
+        return began, _time_of(ended[0]) if ended else None
+
+    def known_until(self, line: int | None) -> Point | None:
+        """Return the last line that is known by a line of the journal, or one before it."""
+        known = [point for point in self.points if line is None or point.line <= line]
+        return max(known, default=None)
+
+    def allows(self, event: str, sequence: int, found: bool) -> bool:
+        """Tell whether a line of the journal may stand behind the one with the session's end.
+
+        A line that was written twice may; and a process may enter its own end while another one
+        enters it as found.
+        """
+        ending = self.ending
+        assert ending is not None
+        if event in ("Open", "Head"):
+            return sequence in self.hashes
+        both = {(ending.kind, ending.found), (event, found)}
+        raced = ("Break", True) in both and "Close" in (ending.kind, event)
+        return sequence == ending.sequence and (ending.kind == event or raced)
+
+    def line_of(self, sequence: int) -> int | None:
+        """Return the line of the journal that knows a line of the session."""
+        return next((point.line for point in self.points if point.sequence == sequence), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A checkpoint that was kept elsewhere, whose signature was verified.
+
+    Attributes:
+        checkpoint: what it demands.
+    """
+
+    checkpoint: Checkpoint
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What a journal says.
+
+    Attributes:
+        path: the journal.
+        lines: whole lines of it.
+        size: bytes that were read, decompressed.
+        packed: it is compressed.
+        tail: bytes of an unfinished line at its end.
+        findings: what is wrong with it.
+        sessions: what it says of each session.
+        holds: all that it tells of, also those that are released, by their names.
+        vouched: lines that tell of holds and tombstones, and that a given key has signed in the
+            same write, as the commands do; or at all, where nothing had been signed before.
+        checkpoints: notes that a given key has signed.
+        others: notes that none of the given keys has signed.
+        expired: notes that a given key has signed out of its time.
+        found: sessions whose end was entered as it was found, without their process.
+        signers: name and number of the keys that signed these.
+        origins: names that checkpoints of this journal may have, by the given keys.
+        signed: how many lines the newest of these covers.
+        times: of the lines that a note or an anchor covers last.
+        readable: whether it could be read to its end, and is none of a newer version.
+        is_recent: whether it was changed a short while ago.
+        last: its last line.
+    """
+
+    path: str
+    lines: int = 0
+    size: int = 0
+    packed: bool = False
+    tail: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    sessions: dict[str, Facts] = field(default_factory=dict)
+    holds: dict[str, Hold] = field(default_factory=dict)
+    vouched: set[int] = field(default_factory=set)
+    checkpoints: int = 0
+    others: int = 0
+    expired: int = 0
+    found: set[str] = field(default_factory=set)
+    signers: set[str] = field(default_factory=set)
+    origins: set[str] = field(default_factory=set)
+    signed: int = 0
+    anchored: int = 0
+    times: dict[int, str] = field(default_factory=dict)
+    readable: bool = True
+    is_recent: bool = False
+    last: bytes = b""
+
+    @property
+    def is_tampered(self) -> bool:
+        """Whether something in it was changed: what else it says is worth nothing."""
+        return any(finding.verdict == "tampered" for finding in self.findings)
+
+    def standing_holds(self, *, keyed: bool) -> list[Hold]:
+        """Return the holds as they stand; with keys, what these do not vouch for releases none."""
+        holds = list(self.holds.values())
+        return [each.unless_in(self.vouched) for each in holds] if keyed else holds
+
+    def unsigned_endings(self) -> int:
+        """Return how many sessions have an end that no signature covers."""
+        return sum(
+            facts.ending is not None and facts.ending.line > self.signed
+            for facts in self.sessions.values()
+        )
+
+    def take_signatures(self, newer: Evidence) -> None:
+        """Take over how far it is signed from a later look at it."""
+        self.signed, self.checkpoints, self.others = newer.signed, newer.checkpoints, newer.others
+        self.times, self.expired = newer.times, newer.expired
+        self.lines, self.size, self.tail = newer.lines, newer.size, newer.tail
+        self.last, self.anchored = newer.last, newer.anchored
+        self.holds, self.vouched = newer.holds, newer.vouched
+        self.findings = newer.findings
+
+    def mark(self, line: int) -> Mark | None:
+        """Return how far something goes that covers so many lines."""
+        return Mark(self.path, line, self.times.get(line, "")) if line else None
+
+    def add(
+        self,
+        verdict: Verdict,
+        kind: Kind,
+        reason: str,
+        line: int | None = None,
+        offset: int | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+    ) -> None:
+        if sum(finding.verdict == verdict for finding in self.findings) >= MOST_FINDINGS:
+            return
+        self.findings.append(
+            Finding(verdict, kind, self.path, reason, line, offset, expected, found)
+        )
+
+
+def read_journal(
+    path: str,
+    prefix: str | None,
+    keys: Sequence[VerifierKey],
+    anchors: Sequence[Anchor],
+    *,
+    follow: bool = False,
+) -> Evidence:
+    """Read a journal as it is now.
+
+    Args:
+        path: the file.
+        prefix: what its name says of the session files' names; None if nothing.
+        keys: by which checkpoints must be signed; none if signatures cannot be verified.
+        anchors: what was signed, and kept elsewhere.
+        follow: accept a symbolic link.
+
+    Returns:
+        What it says, and what is wrong with it.
+    """
+    return _Reading(path, prefix, keys, anchors).read(follow)
+
+
+class _Reading:
+    def __init__(
+        self,
+        path: str,
+        prefix: str | None,
+        keys: Sequence[VerifierKey],
+        anchors: Sequence[Anchor],
+    ) -> None:
+        self.evidence = Evidence(path)
+        self._prefix = prefix
+        self._keys = keys
+        self._tree = Frontier()
+        self._anchors = anchors
+        self._sizes = {anchor.checkpoint.size for anchor in anchors}
+        self._roots: dict[int, bytes] = {}
+        self._time = ""
+        self._newer = False
+        self._unsigned: list[int] = []  # lines that the next note may vouch for
+        self._is_signed = False
+        self._zeros: tuple[int, int] | None = None  # the last line, if a power failure left zeros
+        self._expired: list[tuple[int, int, int, str]] = []
+        self._chain = Chain(path, None, visit=self._visit)
+        self._note_anchors()
+
+    def read(self, follow: bool) -> Evidence:
+        evidence, chain = self.evidence, self._chain
+        try:
+            with Source(evidence.path, follow=follow) as source:
+                evidence.is_recent = source.age() < RECENT
+                lines = Lines(self._counted(source))
+                for block in lines:
+                    chain.feed(block)
+                    if self._newer:
+                        break
+        except Unreadable as error:
+            evidence.readable = False
+            evidence.add("unreadable", "unreadable", f"it cannot be read: {error.reason}")
+        chain.finish()
+        evidence.lines, end = chain.lines, chain.offset
+        if self._zeros is not None:
+            evidence.lines, end = self._zeros[0] - 1, self._zeros[1]
+        evidence.tail = max(0, evidence.size - end)
+        if self._newer:
+            evidence.findings = [f for f in evidence.findings if f.kind == "newer"]
+            evidence.readable = False
+        else:
+            broken = {place for f in chain.findings for place in (f.line, (f.line or 0) - 1)}
+            own = [finding for finding in evidence.findings if finding.line not in broken]
+            evidence.findings = [*chain.findings, *own]  # one for each cause
+            self._look_at_anchors()
+            self._look_at_expired()
+        return evidence
+
+    def _counted(self, source: Source) -> Iterator[bytes]:
+        for chunk in source.chunks():
+            self.evidence.size += len(chunk)
+            self.evidence.packed = self.evidence.size != source.read
+            yield chunk
+
+    def _visit(self, line: bytes, place: int, offset: int) -> None:
+        if self._newer:
+            return
+        if place == 1:
+            self.evidence.origins = {journal_origin(key.name, line) for key in self._keys}
+        if self._zeros is not None:
+            self._no_line(*self._zeros)
+        self._zeros = (place, offset) if ZEROS in line else None
+        if self._zeros is not None:
+            return
+        try:
+            fields = orjson.loads(line)
+            event, self._time = fields["event"], str(fields["time"])
+        except (ValueError, KeyError, TypeError):
+            fields, event = {}, None
+        try:
+            self._take(event, fields, place, offset)
+        except (KeyError, TypeError, ValueError):
+            event = None
+        if event is None:
+            self._no_line(place, offset)
+        self._tree.append(leaf_hash(line))
+        self.evidence.last = line
+        self._note_anchors()
+
+    def _no_line(self, place: int, offset: int) -> None:
+        self.evidence.add("tampered", "edited", "it is no line of a journal", place, offset)
+
+    def _note_anchors(self) -> None:
+        if self._tree.size in self._sizes:
+            self._roots[self._tree.size] = self._tree.root()
+            self.evidence.times[self._tree.size] = self._time
+
+    def _take(self, event: Any, fields: Mapping[str, Any], place: int, offset: int) -> None:
+        if (place == 1) != (event == "Journal") and event is not None:
+            self.evidence.add("tampered", "edited" if place == 1 else "inserted",
+                              "a journal begins with its line Journal, and has one", place,
+                              offset)  # fmt: skip
+        if event == "Journal" and place == 1:
+            self._begin(fields, place, offset)
+        elif event == "Rewritten":
+            self._rewritten(fields["expected"], place, offset)
+        elif event in ("Open", "Head", "Close", "Break"):
+            self._session(event, fields, place, offset)
+        elif event in ("Hold", "Release"):
+            self._hold(event, fields, place, offset)
+        elif event == "Prune":
+            self._prune(fields, place, offset)
+        elif event == "Checkpoint":
+            self._checkpoint(str(fields["note"]), str(fields["time"]), place, offset)
+        elif event is not None:
+            self.evidence.add("unreadable", "newer", "it tells of something that this version does "
+                              "not know", place, offset)  # fmt: skip
+        self._vouch(event, place)
+
+    def _vouch(self, event: Any, place: int) -> None:
+        """Tell which lines a key vouches for: those that a note follows at once.
+
+        Whoever has no key may append a line as well, and wait until a writer's note covers it. But
+        then that writer's own line stands between the two.
+        """
+        if event in ("Hold", "Release", "Prune"):
+            self._unsigned.append(place)
+            return
+        if event == "Checkpoint":
+            if self.evidence.signed == place - 1:
+                self.evidence.vouched.update(self._unsigned)
+            self._is_signed = True
+        if self._is_signed:  # before that, the first note covers all
+            self._unsigned.clear()
+
+    def _begin(self, fields: Mapping[str, Any], place: int, offset: int) -> None:
+        if int(fields["format"]) > FORMAT:
+            self._newer = True
+            self.evidence.add("unreadable", "newer", "it was written by a newer version of the "
+                              "library", place, offset, str(FORMAT),
+                              str(int(fields["format"])))  # fmt: skip
+        elif self._prefix is not None and fields["prefix"] != self._prefix:
+            self.evidence.add("tampered", "renamed", "it is the journal of another prefix", place,
+                              offset, self._prefix, str(fields["prefix"]))  # fmt: skip
+
+    def _rewritten(self, expected: Mapping[str, Any], place: int, offset: int) -> None:
+        self.evidence.add(
+            "tampered", "rewritten", f"a process that writes there found that the journal had been "
+            f"cut or replaced: its line {int(expected['number'])} was gone", place, offset,
+            str(expected["hash"]),
+        )  # fmt: skip
+
+    def _session(self, event: str, fields: Mapping[str, Any], place: int, offset: int) -> None:
+        facts = self.evidence.sessions.setdefault(str(fields["session"]), Facts())
+        sequence, hash_ = int(fields["sequence"]), str(fields["hash"])
+        known, found = facts.hashes.get(sequence), bool(fields.get("found"))
+        if event != "Head":
+            file = os.path.basename(str(fields["file"]))
+            if facts.file not in ("", file):
+                raise ValueError("another file than before")
+            facts.file = file
+        if known not in (None, hash_):
+            self.evidence.add("tampered", "inserted", f"line {sequence} of session "
+                              f"{fields['session']} is another one here than before", place, offset,
+                              known, hash_)  # fmt: skip
+            return
+        if facts.ending is not None and not facts.allows(
+            event, sequence, bool(fields.get("found"))
+        ):
+            self.evidence.add("tampered", "inserted", f"it tells of session {fields['session']}, "
+                              f"which ended at its line {facts.ending.sequence}, as line "
+                              f"{facts.ending.line} says", place, offset,
+                              str(facts.ending.sequence), str(sequence))  # fmt: skip
+            return
+        facts.hashes[sequence] = hash_
+        facts.points.append(Point(sequence, place, self._time))
+        if found:
+            self.evidence.found.add(str(fields["session"]))
+        line = place if facts.ending is None else facts.ending.line
+        if event == "Close":
+            facts.ending = Ending("Close", sequence, line, found)
+        elif event == "Break" and facts.ending is None:
+            facts.ending = Ending("Break", sequence, line, found)
+
+    def _hold(self, event: str, fields: Mapping[str, Any], place: int, offset: int) -> None:
+        holds, name = self.evidence.holds, str(fields["id"])
+        known = holds.get(name)
+        if event == "Hold" and known is None:
+            holds[name] = Hold.parse(fields)
+        elif event == "Release" and known is not None:
+            holds[name] = known.release(fields, place)
+        else:
+            self.evidence.add("tampered", "inserted", "it sets a hold that there is, or releases "
+                              "one that there is not", place, offset)  # fmt: skip
+
+    def _prune(self, fields: Mapping[str, Any], place: int, offset: int) -> None:
+        """Take a tombstone in, if the session had ended like that and was under no hold."""
+        prune = Prune.parse(fields, place)
+        facts = self.evidence.sessions.get(str(fields["session"]), Facts())
+        expected = "" if facts.ending is None else facts.hashes[facts.ending.sequence]
+        held = in_force(self.evidence.standing_holds(keyed=bool(self._keys)), *facts.times())
+        if facts.ending is None:
+            why = "a session of which it knows no end"
+        elif (prune.file, prune.sequence, prune.hash) != (
+            facts.file, facts.ending.sequence, expected
+        ):  # fmt: skip
+            why = "a session that ended otherwise"
+        elif held:
+            why = f"a session under the hold {held[0].id}"
+        else:
+            facts.prunes.append(prune)
+            return
+        self.evidence.add("tampered", "prune", f"it says that a file was pruned, of {why}",
+                          place, offset, expected or None, prune.hash)  # fmt: skip
+
+    def _checkpoint(self, note: str, time: str, place: int, offset: int) -> None:
+        try:
+            text, signers = _opened(note, self._keys)
+            checkpoint = Checkpoint.parse(text)
+        except NoteError as error:
+            self.evidence.add("tampered", "signature", f"its note: {error}", place, offset)
+            return
+        root = self._tree.root()
+        if (checkpoint.size, checkpoint.root) != (self._tree.size, root):
+            if not self._is_follow_up():
+                self.evidence.add("tampered", "root", "the lines before it are not those that were "
+                                  "signed", place, offset, checkpoint.root.hex(),
+                                  root.hex())  # fmt: skip
+        elif not signers:
+            self.evidence.others += 1
+            self.evidence.signers.update(signers_of(note))
+        elif checkpoint.origin not in self.evidence.origins:
+            self.evidence.add("tampered", "signature", "its note signs another log", place, offset,
+                              min(self.evidence.origins), checkpoint.origin)  # fmt: skip
+        elif not any(_may_sign(key, time) for key in signers):
+            self._expired.append((checkpoint.size, place, offset, time[:40]))
+            self.evidence.expired += 1
+        else:
+            self.evidence.checkpoints += 1
+            self.evidence.signed = checkpoint.size
+            self.evidence.times[checkpoint.size] = time
+
+    def _look_at_expired(self) -> None:
+        """Report what was signed out of a key's time, unless a later checkpoint covers it."""
+        for size, place, offset, time in self._expired:
+            if size > self.evidence.signed:
+                self.evidence.add("tampered", "key-expired", "the key was used out of the time in "
+                                  "which it may sign, and no later checkpoint that was signed in "
+                                  "time covers it", place, offset, found=time)  # fmt: skip
+
+    def _is_follow_up(self) -> bool:
+        """Tell whether something before it is known to be broken: it breaks all roots behind it."""
+        kinds = {finding.kind for finding in self.evidence.findings}
+        return bool(self._chain.findings) or bool(kinds & {"root", "edited", "inserted"})
+
+    def _look_at_anchors(self) -> None:
+        evidence = self.evidence
+        for anchor in self._anchors:
+            size, root = anchor.checkpoint.size, anchor.checkpoint.root
+            if anchor.checkpoint.origin not in evidence.origins:
+                continue
+            found = self._roots.get(size)
+            if found == root:
+                evidence.anchored = max(evidence.anchored, size)
+            elif found is not None and self._chain.findings:
+                continue  # that tells more
+            elif found is not None:
+                evidence.add("tampered", "anchor", f"its first {size:,} lines are not those that "
+                             "were anchored", size, None, root.hex(),
+                             found.hex())  # fmt: skip
+            else:
+                evidence.add("tampered", "anchor", f"{size:,} lines of it were anchored, and it "
+                             f"has {evidence.lines:,}: it was cut or rolled back", None, None,
+                             str(size), str(evidence.lines))  # fmt: skip
+
+
+def _time_of(point: Point) -> datetime | None:
+    try:
+        return parse_time(point.time)
+    except ValueError:
+        return None
+
+
+def _opened(note: str, keys: Sequence[VerifierKey]) -> tuple[str, tuple[VerifierKey, ...]]:
+    """Return the text of a note, and who of the keys has signed it."""
+    try:
+        return open_note(note, keys)
+    except UnknownKeys:
+        return note[: note.rindex("\n\n") + 1], ()
+
+
+def _may_sign(key: VerifierKey, time: str) -> bool:
+    try:
+        return key.valid_at(datetime.fromisoformat(time.replace("Z", "+00:00")))
+    except (ValueError, TypeError):
+        return False
+
+
+def read_anchors(notes: Iterable[str], keys: Sequence[VerifierKey]) -> tuple[list[Anchor], int]:
+    """Verify notes that were kept elsewhere.
+
+    Args:
+        notes: text and signatures of each.
+        keys: the known ones.
+
+    Returns:
+        The anchors, and how many notes were signed by none of the keys.
+
+    Raises:
+        NoteError: a note is none, or its signature by one of the keys is wrong.
+    """
+    anchors: dict[Anchor, None] = {}
+    others = 0
+    for note in notes:
+        try:
+            text, _ = open_note(note, keys)
+            anchors[Anchor(Checkpoint.parse(text))] = None
+        except UnknownKeys:
+            others += 1
+    return list(anchors), others
+
+
+def is_at(evidence: Evidence) -> bool:
+    """Tell whether the last line that was read of a journal is still where it was."""
+    line = evidence.last + b"\n"
+    start = evidence.size - evidence.tail - len(line)
+    nothing = not evidence.last or not evidence.readable or evidence.packed
+    return nothing or _bytes_at(evidence, start, len(line)) == line
+
+
+def tail_is_at(evidence: Evidence) -> bool:
+    """Tell whether a journal still ends in the unfinished line that was read."""
+    start = evidence.size - evidence.tail
+    return evidence.packed or len(_bytes_at(evidence, start, evidence.tail + 1)) == evidence.tail
+
+
+def _bytes_at(evidence: Evidence, start: int, length: int) -> bytes:
+    try:
+        with open(evidence.path, "rb") as file:
+            file.seek(start)
+            return file.read(length)
+    except OSError:
+        return b""
