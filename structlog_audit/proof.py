@@ -1,0 +1,275 @@
+"""Proofs: one entry was recorded, shown without any other entry.
+
+1. The entry is in the session: its line is a leaf of the Merkle tree over the session's lines.
+2. The root of that tree stands in a line of the journal, with the session's head.
+3. That line is a leaf of the Merkle tree over the journal, whose root a note signs.
+
+So a proof holds the entry's line, the line of the journal, the note, and two inclusion proofs of
+RFC 6962. It is checked with the public key alone (`structlog-audit verify-proof`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from structlog_audit.chain import identity, line_hash
+from structlog_audit.entry import Receipt
+from structlog_audit.exceptions import AuditConfigurationError
+from structlog_audit.journal import journal_name
+from structlog_audit.merkle import inclusion_proof, leaf_hash, verify_inclusion
+from structlog_audit.note import Checkpoint, NoteError, VerifierKey, open_note
+from structlog_audit.source import Lines, Source, Unreadable
+
+FORMAT = "structlog-audit/proof/1"
+
+
+class ProofError(AuditConfigurationError):
+    """Raised when something cannot be proven, or a proof does not hold.
+
+    Attributes:
+        contradicts: the log, or the proof, says something else than it should: it was changed.
+    """
+
+    def __init__(self, reason: str, *, hint: str | None = None, contradicts: bool = False) -> None:
+        super().__init__(reason, hint=hint)
+        self.contradicts = contradicts
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """What a proof shows.
+
+    Attributes:
+        line: the entry's line, without its newline.
+        session: identity of its session.
+        sequence: its position there.
+        origin: name of the log that was signed.
+        keys: the keys that signed, as text.
+        time: time of the line in the journal that covers it, as the signer's clock had it.
+    """
+
+    line: bytes
+    session: str
+    sequence: int
+    origin: str
+    keys: tuple[str, ...]
+    time: str
+
+
+def read_receipt(text: bytes) -> Receipt:
+    """Read a receipt from JSON: what an audit call returned, as an object with its four fields.
+
+    Raises:
+        ProofError: it is none.
+    """
+    try:
+        fields = orjson.loads(text)
+        receipt = Receipt(
+            fields["session"], fields["sequence"], fields["hash"], fields.get("time", "")
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ProofError(
+            "this is no receipt",
+            hint='a receipt is a JSON object: {"session": …, "sequence": …, "hash": …, "time": …}',
+        ) from None
+    if not (isinstance(receipt.session, str) and re.fullmatch("[a-z0-9]{20}", receipt.session)
+            and type(receipt.sequence) is int and receipt.sequence > 0
+            and isinstance(receipt.hash, str)):  # fmt: skip
+        raise ProofError("this receipt has no usable session, sequence and hash")
+    return receipt
+
+
+def read_proof(text: bytes) -> dict[str, Any]:
+    """Read a proof from JSON.
+
+    Raises:
+        ProofError: it is no JSON object.
+    """
+    try:
+        proof = orjson.loads(text)
+    except ValueError:
+        proof = None
+    if not isinstance(proof, dict):
+        raise ProofError("this is no proof", hint="structlog-audit prove makes one")
+    return proof
+
+
+def prove(receipt: Receipt, directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Prove that the entry of a receipt is in a log.
+
+    Args:
+        receipt: what the audit call returned.
+        directory: where the session files and the journal are.
+
+    Returns:
+        The proof, to be kept as JSON.
+
+    Raises:
+        ProofError: it cannot be proven: the session is not there, or nothing that covers the entry
+            is signed yet; or the log contradicts the receipt.
+    """
+    path, journal = _find(os.fsdecode(directory), receipt.session)
+    try:
+        head_line, head, note_line = _covering(journal, receipt)
+        size, index, number = int(head["sequence"]), receipt.sequence - 1, int(head["number"])
+        note, covered = str(note_line["note"]), int(note_line["number"]) - 1  # all lines before it
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise ProofError(
+            f"{journal} is no journal as it was written",
+            hint="keep it, and run structlog-audit verify on the directory", contradicts=True,
+        ) from None  # fmt: skip
+    session_proof, line = _proof_of_line(path, index, size)
+    if line_hash(line) != receipt.hash:
+        raise ProofError(
+            f"{path} contradicts the receipt: its line {receipt.sequence} has another hash",
+            hint="keep both, and run structlog-audit verify on the directory", contradicts=True,
+        )  # fmt: skip
+    journal_proof, _ = _proof_of_line(journal, number - 1, covered)
+    return {
+        "format": FORMAT,
+        "receipt": receipt._asdict(),
+        "entry": line.decode(),
+        "entryProof": _texts(session_proof),
+        "head": head_line.decode(),
+        "headProof": _texts(journal_proof),
+        "checkpoint": note,
+    }
+
+
+def verify_proof(proof: Mapping[str, Any], keys: Sequence[VerifierKey]) -> Proven:
+    """Check a proof with public keys alone.
+
+    Args:
+        proof: what `prove` returned.
+        keys: the public keys to trust.
+
+    Raises:
+        ProofError: it does not hold.
+    """
+    try:
+        if proof["format"] != FORMAT:
+            raise ProofError(f"this is no proof of the format {FORMAT}")
+        receipt = read_receipt(orjson.dumps(proof["receipt"]))
+        line, head_line = proof["entry"].encode(), proof["head"].encode()
+        head = orjson.loads(head_line)
+        text, signed_by = open_note(proof["checkpoint"], tuple(keys))
+        checkpoint = Checkpoint.parse(text)
+        entry_proof = _hashes(proof["entryProof"])
+        head_proof = _hashes(proof["headProof"])
+        size, number, root = int(head["sequence"]), int(head["number"]), b64decode(head["root"])
+        time = str(head["time"])
+        when = datetime.fromisoformat(time.replace("Z", "+00:00"))
+        if when.tzinfo is None or head["event"] not in ("Head", "Close", "Break"):
+            raise ValueError(time)
+        named = identity(line)
+    except NoteError as error:
+        raise ProofError(f"its checkpoint does not hold: {error}", contradicts=True) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ProofError("this proof is not whole") from None
+    for holds, what in (
+        (line_hash(line) == receipt.hash, "the entry is not that of the receipt"),
+        (named == (receipt.session, receipt.sequence), "the entry has another place in the log"),
+        (head.get("session") == receipt.session, "the head is that of another session"),
+        (
+            verify_inclusion(leaf_hash(line), receipt.sequence - 1, size, entry_proof, root),
+            "the entry is not in the session whose head was signed",
+        ),
+        (
+            verify_inclusion(
+                leaf_hash(head_line), number - 1, checkpoint.size, head_proof, checkpoint.root
+            ),
+            "the head is not in the journal that was signed",
+        ),
+    ):
+        if not holds:
+            raise ProofError(f"the proof does not hold: {what}", contradicts=True)
+    if not any(key.valid_at(when) for key in signed_by):
+        raise ProofError(f"the key was not valid at {time}", contradicts=True)
+    return Proven(line, receipt.session, receipt.sequence, checkpoint.origin,
+                  tuple(map(str, signed_by)), time)  # fmt: skip
+
+
+def _find(directory: str, session: str) -> tuple[str, str]:
+    """Find a session's file, and its journal."""
+    try:
+        names = os.listdir(directory)
+    except OSError as error:
+        raise ProofError(f"cannot look into {directory}: {error.strerror}") from error
+    for name in sorted(names):  # the original before a copy
+        found = re.fullmatch(rf"(.+)-\d{{8}}-{session}\.ndjson(?:\.gz|\.zst)?", name)
+        if found is not None:
+            journal = os.path.join(directory, journal_name(found[1]))
+            if not os.path.isfile(journal):
+                raise ProofError(f"there is no journal {journal}", contradicts=True)
+            return os.path.join(directory, name), journal
+    raise ProofError(
+        f"there is no file of the session {session} in {directory}",
+        hint="name the directory that holds it; if this is the one, run structlog-audit verify",
+    )
+
+
+def _covering(journal: str, receipt: Receipt) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
+    """Find the first signed head of the session at or behind the entry, and what signs it."""
+    named, head = receipt.session.encode(), None
+    for line in _lines(journal):
+        if head is None and named in line and b'"root":' in line:
+            fields = orjson.loads(line)
+            if fields["session"] == receipt.session and fields["sequence"] >= receipt.sequence:
+                head = (line, fields)
+        elif head is not None and b'"event":"Checkpoint"' in line:
+            return *head, orjson.loads(line)
+    raise ProofError(
+        f"no checkpoint covers the entry {receipt.sequence} of the session {receipt.session}",
+        hint="without a key nothing is signed; with one, the next checkpoint covers it, or, if its "
+        "process was killed, that of the next one that signs there",
+    )
+
+
+def _proof_of_line(path: str, index: int, size: int) -> tuple[list[bytes], bytes]:
+    """Return the proof that a line stands in a file, among its first lines, and that line."""
+    found = b""
+
+    def leaves() -> Iterator[bytes]:
+        nonlocal found
+        for number, line in enumerate(_lines(path)):
+            if number == index:
+                found = line
+            yield leaf_hash(line)
+
+    ahead = leaves()
+    try:
+        proof = inclusion_proof(ahead, index, size)
+        while not found and next(ahead, None):  # it may stand behind all that the proof needs
+            pass
+        return proof, found
+    except ValueError as error:
+        raise ProofError(
+            f"{path} has fewer lines than were signed: {error}",
+            hint="keep it, and run structlog-audit verify on the directory", contradicts=True,
+        ) from None  # fmt: skip
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    """Return the whole lines of a file, which may be compressed."""
+    try:
+        with Source(path, follow=False) as source:
+            for lines in Lines(source.chunks()):
+                yield from lines
+    except Unreadable as error:
+        raise ProofError(f"cannot read {path}: {error.reason}") from None
+
+
+def _texts(hashes: Sequence[bytes]) -> list[str]:
+    return [b64encode(each).decode() for each in hashes]
+
+
+def _hashes(texts: Sequence[str]) -> list[bytes]:
+    return [b64decode(text, validate=True) for text in texts]
