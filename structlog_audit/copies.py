@@ -1,0 +1,171 @@
+"""Copies of session files that are whole, durable and compared before anything else happens.
+
+1. A copy is made under a name of its own, synced, read again and compared with the original.
+2. Then it gets its final name, and the directory is synced. A crash before that leaves a part that
+   nobody takes for a copy; the next attempt begins anew.
+3. What has the final name already is compared as well. If it is something else, it stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from typing import Any
+
+from structlog_audit.exceptions import AuditConfigurationError
+from structlog_audit.sinks import _durable
+from structlog_audit.source import Source, Unreadable
+from structlog_audit.spool import Directory
+
+PART = ".part"
+"""Behind the name of a copy, with a dot in front, while it is being made."""
+ZST = ".zst"
+LEVEL = 10
+"""Of zstd: on audit entries, what more brings is hardly smaller and takes several times longer."""
+CHUNK = 2**20
+_PART = re.compile(r"\..+-[0-9]{8}-[a-z0-9]{20}\.ndjson(?:\.gz|\.zst)?\.part")
+
+Digest = tuple[int, bytes]
+"""Length and SHA-256 of a content."""
+
+
+class CopyDiffers(Exception):
+    """What is there under the name of the copy, or was written, is not what the original holds."""
+
+
+def copy(source: Directory, name: str, target: Directory) -> None:
+    """Copy a file as it is, durably; what is there already and equal is left as it is.
+
+    Args:
+        source: the directory of the original.
+        name: of both.
+        target: the directory of the copy.
+
+    Raises:
+        CopyDiffers: something else has that name; or the copy is not equal to the original.
+        OSError: it cannot be done.
+    """
+    _make(source, name, target, name, compressed=False)
+
+
+def compress(directory: Directory, name: str) -> None:
+    """Make a compressed copy beside a file, durably; the original stays.
+
+    Raises:
+        AuditConfigurationError: the package `zstandard` is missing.
+        CopyDiffers: something else has its name; or it does not hold what the original does.
+        OSError: it cannot be done.
+    """
+    require_zstandard()
+    _make(directory, name, directory, name + ZST, compressed=True)
+
+
+def require_zstandard() -> None:
+    """Make sure that we can compress.
+
+    Raises:
+        AuditConfigurationError: the package `zstandard` is missing.
+    """
+    try:
+        import zstandard
+    except ImportError:
+        raise AuditConfigurationError(
+            "compression needs the package zstandard",
+            hint="pip install 'structlog-audit[zstd]'",
+        ) from None
+    del zstandard
+
+
+def remove_parts(directory: Directory) -> None:
+    """Remove what a crash has left of copies in the making; whoever calls has the lock."""
+    for name in directory.names():
+        if _PART.fullmatch(name):
+            directory.remove(name)
+
+
+def _make(source: Directory, name: str, target: Directory, final: str, *, compressed: bool) -> None:
+    if _exists(target, final):
+        original = _digest(_chunks(source, name))
+        _check(original, target, final, compressed=compressed)
+        _durable.sync_directory(target.base)  # whoever made it may have been killed before that
+        return
+    part = f".{final}{PART}"
+    with contextlib.suppress(FileNotFoundError):
+        target.remove(part)
+    try:
+        original = _write(_chunks(source, name), target, part, compressed=compressed)
+        _check(original, target, part, compressed=compressed)
+        if _exists(target, final):
+            raise CopyDiffers(f"{os.path.join(target.path, final)} appeared meanwhile")
+        target.rename(part, final)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            target.remove(part)
+        raise
+    _durable.sync_directory(target.base)
+
+
+def _write(chunks: Iterable[bytes], target: Directory, part: str, *, compressed: bool) -> Digest:
+    """Write a copy and sync it; return what the original holds."""
+    length, hash_ = 0, sha256()
+    squeeze = _compressor() if compressed else None
+    descriptor = _durable.create(target.path, target.base, part)
+    try:
+        for chunk in chunks:
+            length += len(chunk)
+            hash_.update(chunk)
+            data = chunk if squeeze is None else squeeze.compress(chunk)
+            _durable.write_all(descriptor, data)
+        if squeeze is not None:
+            _durable.write_all(descriptor, squeeze.flush())
+        _durable.sync(descriptor)
+        _durable.read_anew(descriptor)
+    finally:
+        _durable.close(descriptor)
+    return length, hash_.digest()
+
+
+def _compressor() -> Any:
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compressobj()
+
+
+def _check(original: Digest, target: Directory, name: str, *, compressed: bool) -> None:
+    """Compare what a copy holds with the original."""
+    path = os.path.join(target.path, name)
+    try:
+        if compressed:
+            with Source(path, follow=False) as source:
+                found = _digest(source.chunks())
+        else:
+            found = _digest(_chunks(target, name))
+    except Unreadable as error:
+        raise CopyDiffers(f"{path} cannot be read: {error.reason}") from None
+    if found != original:
+        raise CopyDiffers(f"{path} does not hold what the original does")
+
+
+def _chunks(directory: Directory, name: str) -> Iterator[bytes]:
+    with directory.read(name) as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _digest(chunks: Iterable[bytes]) -> Digest:
+    length, hash_ = 0, sha256()
+    for chunk in chunks:
+        length += len(chunk)
+        hash_.update(chunk)
+    return length, hash_.digest()
+
+
+def _exists(directory: Directory, name: str) -> bool:
+    try:
+        directory.status(name)
+    except FileNotFoundError:
+        return False
+    return True

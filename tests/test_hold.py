@@ -1,0 +1,227 @@
+"""Legal holds: set, shown, released, and what retention and verification make of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aging import command, contents, done, journal_events, record
+from forging import lines_of, put
+from reading import recorded
+from signing import make_key
+
+from structlog_audit import AuditConfigurationError, Settings, Signer
+from structlog_audit.journal import Journal
+from structlog_audit.keeping import Keeping
+from structlog_audit.verify import verify
+
+pytest.importorskip("click", reason="the command line is an extra")
+RETAIN = ("--keep", "90d", "--yes")
+
+
+def add(directory: Path, *options: object, **environ: str) -> str:
+    return done("hold", "add", directory, "--reason", "case 4711", *options, **environ).strip()
+
+
+def retain(directory: Path) -> str:
+    return done("retain", directory, *RETAIN)
+
+
+def prune_of(directory: Path, number: int) -> dict[str, Any]:
+    """Return the tombstone that a session would get."""
+    close = [event for event in journal_events(directory) if event["event"] == "Close"][number]
+    told = {name: close[name] for name in ("file", "session", "sequence", "hash")}
+    return {"event": "Prune", **told, "reason": "--keep 90d", "by": "x", "to": "removed"}
+
+
+def test_nothing_goes_under_a_hold_until_it_is_released(audit_dir: Path) -> None:
+    """The reason is shown; afterwards it goes, and all is valid."""
+    old = record(audit_dir, 200)
+    record(audit_dir, 80)
+
+    name = add(audit_dir)
+    assert f"{old.name}: it is under the hold {name}: case 4711" in retain(audit_dir)
+    assert old.exists()
+
+    done("hold", "release", audit_dir, name, "--reason", "case closed")
+    assert "1 session gone" in retain(audit_dir)
+    assert not old.exists()
+    report = verify(audit_dir)
+    assert report.verdict == "valid", report.findings
+    assert len(report.pruned) == 1
+
+
+def test_a_hold_with_a_period_covers_the_sessions_in_it(audit_dir: Path) -> None:
+    """A day is covered as a whole; the sessions before and behind it go."""
+    files = [record(audit_dir, days) for days in (202, 201, 200, 199)]
+    record(audit_dir, 80)
+    day = files[1].name[6:14]
+    day = f"{day[:4]}-{day[4:6]}-{day[6:]}"
+
+    add(audit_dir, "--since", day, "--until", day)
+    retain(audit_dir)
+
+    assert [path.exists() for path in files] == [False, True, False, False]
+    assert verify(audit_dir).verdict == "valid"
+
+
+def test_each_change_of_a_hold_is_an_entry_and_a_line_that_is_signed(
+    audit_dir: Path, tmp_path: Path
+) -> None:
+    """The entry is first; a note stands behind the line; the user is that of the system."""
+    key, environ = (
+        tmp_path / "audit.key",
+        {"AUDIT_LOG_SIGNING_KEY_FILE": str(tmp_path / "audit.key")},
+    )
+    public = make_key(key).verifier
+    record(audit_dir, 80, signer=Signer(key))
+
+    name = add(audit_dir, "--until", "2026-03-31", USER="mallory", LOGNAME="mallory", **environ)
+    done("hold", "release", audit_dir, name, "--reason", "over", **environ)
+
+    entries = [e for e in recorded(audit_dir) if e["action"].startswith("AuditHold")]
+    assert [e["action"] for e in entries] == ["AuditHoldAdd", "AuditHoldRelease"]
+    assert {e["data"]["id"] for e in entries} == {name}
+    assert {e["data"]["by"] for e in entries}.isdisjoint({"mallory"})
+    events = journal_events(audit_dir)
+    kinds = [event["event"] for event in events]
+    hold = events[kinds.index("Hold")]
+    assert hold["until"] == "2026-04-01T00:00:00.000000Z"
+    assert "since" not in hold
+    for kind in ("Hold", "Release"):
+        at = kinds.index(kind)
+        assert kinds[at - 1 : at + 2] == ["Checkpoint", kind, "Checkpoint"]
+    assert verify(audit_dir, keys=[public]).verdict == "valid"
+
+
+def test_a_signed_log_takes_no_hold_without_a_key(audit_dir: Path, tmp_path: Path) -> None:
+    """It would be anybody's; an error and a hint, and nothing is written."""
+    make_key(tmp_path / "audit.key")
+    record(audit_dir, 80, signer=Signer(tmp_path / "audit.key"))
+    before = contents(audit_dir)
+    ran = command("hold", "add", audit_dir, "--reason", "x")
+    assert ran.returncode == 1
+    assert "is signed, and no key is configured" in ran.stderr
+    assert {**contents(audit_dir), ".keeping.lock": b""} == {**before, ".keeping.lock": b""}
+
+
+def test_the_list_shows_holds_in_force_and_json_all_of_them(audit_dir: Path) -> None:
+    """Text from elsewhere does not control the terminal."""
+    record(audit_dir, 80)
+    assert done("hold", "list", audit_dir) == "no hold is in force\n"
+    first = add(audit_dir)
+    second = done("hold", "add", audit_dir, "--reason", "a\x1b[31mb", "--since",
+                  "2026-01-01T10:00:00+02:00").strip()  # fmt: skip
+    done("hold", "release", audit_dir, first, "--reason", "over")
+
+    shown = done("hold", "list", audit_dir)
+    assert shown.startswith(f"{second} from 2026-01-01 08:00:00Z: a\\x1b[31mb (by ")
+    assert first not in shown
+    told = json.loads(done("hold", "list", audit_dir, "--json"))
+    assert [(each["id"], each["release_reason"]) for each in told] == [
+        (first, "over"), (second, None)
+    ]  # fmt: skip
+    assert told[1]["since"] == "2026-01-01T08:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["add", "--reason", " "], "a hold needs a reason"),
+        (["add", "--reason", "x", "--since", "yesterday"], "is no day and no time"),
+        (["add", "--reason", "x", "--until", "2026-01-01T10:00:00"], "is no day and no time"),
+        (["add", "--reason", "x", "--until", "9999-12-31"], "is no day and no time"),
+        (["add", "--reason", "x", "--since", "2026-02-02", "--until", "2026-02-01"], "ends before"),
+        (["release", "nobody", "--reason", "x"], "there is no hold 'nobody' in force"),
+    ],
+)
+def test_a_wrong_use_is_refused_and_leaves_nothing(
+    audit_dir: Path, words: list[str], told: str
+) -> None:
+    """An error that says what to write."""
+    record(audit_dir, 80)
+    before = contents(audit_dir)
+    ran = command("hold", words[0], audit_dir, *words[1:])
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: ")
+    assert told in ran.stderr
+    assert {**contents(audit_dir), ".keeping.lock": b""} == {**before, ".keeping.lock": b""}
+
+
+def test_a_hold_is_released_once(audit_dir: Path) -> None:
+    """The second time it is not in force."""
+    record(audit_dir, 80)
+    keeping = Keeping(str(audit_dir), Settings())
+    name = keeping.add_hold("x").id
+    keeping.release_hold(name, "over")
+    with pytest.raises(AuditConfigurationError, match="no hold"):
+        keeping.release_hold(name, "over")
+
+
+def test_a_tombstone_under_a_hold_is_tampered(audit_dir: Path) -> None:
+    """Whoever removed the file did not ask retain."""
+    old = record(audit_dir, 200)
+    record(audit_dir, 80)
+    add(audit_dir)
+    Journal(str(audit_dir), "audit").append(prune_of(audit_dir, 0))
+    old.unlink()
+    findings = {f.kind: f for f in verify(audit_dir).findings}
+    assert set(findings) == {"prune", "missing"}
+    assert "under the hold" in findings["prune"].reason
+
+
+def test_a_release_behind_the_tombstone_does_not_mend_it(audit_dir: Path) -> None:
+    """The order in the journal counts."""
+    record(audit_dir, 200)
+    record(audit_dir, 80)
+    name = add(audit_dir)
+    release = {"event": "Release", "id": name, "reason": "over", "by": "x"}
+    Journal(str(audit_dir), "audit").append(prune_of(audit_dir, 0), release)
+    assert "prune" in {f.kind for f in verify(audit_dir).findings}
+
+
+def test_a_release_that_nothing_signs_releases_nothing(audit_dir: Path, tmp_path: Path) -> None:
+    """Whoever can write the directory must not get rid of a hold by that."""
+    key, environ = (
+        tmp_path / "audit.key",
+        {"AUDIT_LOG_SIGNING_KEY_FILE": str(tmp_path / "audit.key")},
+    )
+    public = make_key(key).verifier
+    old = record(audit_dir, 200, signer=Signer(key))
+    record(audit_dir, 80, signer=Signer(key))
+    name = add(audit_dir, **environ)
+    Journal(str(audit_dir), "audit").append(
+        {"event": "Release", "id": name, "reason": "over", "by": "mallory"}
+    )
+    assert name in done("hold", "list", audit_dir, **environ)
+    assert f"under the hold {name}" in done("retain", audit_dir, *RETAIN, **environ)
+    record(audit_dir, 70, signer=Signer(key))  # its note covers the line
+    assert f"under the hold {name}" in done("retain", audit_dir, *RETAIN, **environ)
+    assert old.exists()
+    report = verify(audit_dir, keys=[public])
+    assert [(f.verdict, f.kind) for f in report.findings] == [("incomplete", "unsigned")]
+
+    done("hold", "release", audit_dir, name, "--reason", "over", **environ)
+    done("retain", audit_dir, *RETAIN, **environ)
+    assert not old.exists()
+    assert verify(audit_dir, keys=[public]).verdict == "valid"
+
+
+def test_a_release_of_nothing_and_a_hold_set_twice_are_tampered(audit_dir: Path) -> None:
+    """The commands write neither."""
+    record(audit_dir, 80)
+    journal = Journal(str(audit_dir), "audit")
+    journal.append({"event": "Release", "id": "none", "reason": "over", "by": "x"})
+    assert [f.kind for f in verify(audit_dir).findings] == ["inserted"]
+
+
+def test_a_hold_that_is_taken_out_of_the_journal_is_noticed(audit_dir: Path) -> None:
+    """The journal is a chain."""
+    record(audit_dir, 80)
+    add(audit_dir)
+    record(audit_dir, 70)
+    path = audit_dir / "audit-journal.ndjson"
+    put(path, [line for line in lines_of(path) if b'"event":"Hold"' not in line])
+    assert verify(audit_dir).verdict == "tampered"
