@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-import io
-import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import click
 import orjson
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
 
 from structlog_audit._version import __version__
 from structlog_audit.bench import Bench, run_bench, run_server_bench
+from structlog_audit.cli_export import export_days, verify_received
+from structlog_audit.cli_keeping import compress, hold, retain
+from structlog_audit.cli_reading import READING
+from structlog_audit.cli_report import report as report_command
 from structlog_audit.demo import run_demo
 from structlog_audit.doctor import Report, diagnose
 from structlog_audit.exceptions import AuditConfigurationError, AuditError
 from structlog_audit.forward import Forwarder
+from structlog_audit.keys import generate_key_files
+from structlog_audit.proof import prove, read_proof, read_receipt, verify_proof
 from structlog_audit.settings import Settings
 from structlog_audit.sinks.http import HttpSink
+from structlog_audit.terminal import (
+    LABEL,
+    Judgement,
+    echo_error,
+    leave_stdout,
+    plain_console,
+    plain_text,
+    public_keys,
+    safe,
+    with_progress,
+)
+from structlog_audit.verify_command import verify_command
 
-T = TypeVar("T")
-
-LABEL = 14
-"""Columns for what a row of the report tells of."""
 MANY_DAYS = 3_650
 """Above this, the exact number says nothing."""
-
-
-def _console() -> Console:
-    """Return a console that wraps words on a terminal, and leaves lines as they are elsewhere.
-
-    A character that the terminal does not have becomes a question mark.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    return Console(highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,7 +58,7 @@ def demo(directory: str | None) -> None:
 
     Example: structlog-audit demo ./audit
     """
-    run_demo(_console(), directory)
+    run_demo(plain_console(), directory)
 
 
 @cli.command()
@@ -78,7 +77,7 @@ def doctor(as_json: bool, app: str | None) -> None:
     if as_json:
         click.echo(orjson.dumps(report.as_dict(), option=orjson.OPT_INDENT_2))
     else:
-        _print_report(_console(), report)
+        _print_report(plain_console(), report)
     sys.exit(0 if report.enabled else 1)
 
 
@@ -97,7 +96,7 @@ def bench(directory: str | None, to: str | None, as_json: bool) -> None:
     """
     if to is not None and directory is not None:
         raise AuditConfigurationError("either a directory or a server is measured, not both")
-    result = _with_progress(
+    result = with_progress(
         "measuring",
         lambda show: (
             run_bench(directory, show) if to is None else run_server_bench(_server(to), show)
@@ -106,7 +105,7 @@ def bench(directory: str | None, to: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(orjson.dumps(result.as_dict(), option=orjson.OPT_INDENT_2))
     else:
-        _print_bench(_console(), result)
+        _print_bench(plain_console(), result)
 
 
 @cli.command()
@@ -131,13 +130,67 @@ def forward(
     if follow:
         _follow(forwarder)
         return
-    progress = _with_progress(
+    progress = with_progress(
         "shipping", lambda show: forwarder.run_once(lambda done, total: show(done / max(total, 1)))
     )
     click.echo(f"{progress.entries:,} entries of {progress.files:,} files shipped")
     for problem in progress.problems:
         _echo_problem(problem)
     sys.exit(1 if any(problem.holds for problem in progress.problems) else 0)
+
+
+@cli.command("prove")
+@click.argument("receipt", type=click.File("rb"))
+@click.argument("directory", type=click.Path())
+def prove_entry(receipt: Any, directory: str) -> None:
+    """Prove that the entry of RECEIPT is in the log of DIRECTORY.
+
+    RECEIPT is a JSON file with what the audit call returned, or - for stdin. The proof goes to
+    stdout; whoever has the public key checks it with verify-proof, and sees no other entry.
+
+    Example: structlog-audit prove receipt.json /var/log/audit > proof.json
+    """
+    proof = prove(read_receipt(receipt.read()), directory)
+    click.echo(orjson.dumps(proof, option=orjson.OPT_INDENT_2))
+
+
+@cli.command("verify-proof", cls=Judgement)
+@click.argument("proof", type=click.File("rb"))
+@click.option("--key", "keys", required=True, multiple=True, metavar="FILE",
+              help="File with public keys; may be repeated.")  # fmt: skip
+def verify_one_proof(proof: Any, keys: tuple[str, ...]) -> None:
+    """Check a PROOF with the public key alone, and show its entry.
+
+    Exit status 0: it holds. 1: it does not. 3: it cannot be read, or the command was used wrongly.
+
+    Example: structlog-audit verify-proof proof.json --key billing.key.pub
+    """
+    proven = verify_proof(read_proof(proof.read()), public_keys(keys))
+    console = plain_console()
+    console.print(f"[bold green]The proof holds[/]: entry {proven.sequence} of the session "
+                  f"{proven.session} is in the log {safe(proven.origin)}.")  # fmt: skip
+    console.print(f"Signed by {safe(', '.join(proven.keys))}, at {safe(proven.time)} or later.",
+                  soft_wrap=True)  # fmt: skip
+    console.print(safe(proven.line.decode()), soft_wrap=True)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--output", metavar="FILE", required=True, help="The private key's file, a new one.")
+def keygen(name: str, output: str) -> None:
+    """Make a pair of keys: one to sign with, one to verify with.
+
+    The private key goes into FILE, readable for its owner alone; the public one into FILE.pub, and
+    is printed. Keep a copy of the public key where nobody can change it who may change the log.
+
+    Example: structlog-audit keygen example.com/billing/audit --output /etc/billing/audit.key
+    """
+    click.echo(str(generate_key_files(name, output)))
+
+
+for another in (*READING, report_command, verify_command, export_days, verify_received,
+                retain, hold, compress):  # fmt: skip
+    cli.add_command(another)
 
 
 def _forwarder(directory: str | None, to: str | None) -> Forwarder:
@@ -182,15 +235,7 @@ def _follow(forwarder: Forwarder) -> None:
 
 
 def _echo_problem(problem: object) -> None:
-    click.echo(_plain_text(problem), err=True)
-
-
-def _with_progress(what: str, work: Callable[[Callable[[float], None]], T]) -> T:
-    """Show a bar on stderr, if that is a terminal."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=1.0)
-        return work(lambda part: bar.update(task, completed=part))
+    click.echo(plain_text(problem), err=True)
 
 
 def _print_bench(console: Console, result: Bench) -> None:
@@ -210,9 +255,9 @@ def _print_bench(console: Console, result: Bench) -> None:
         for threads, rate in result.rates.items()
     ]  # fmt: skip
     for label, value in rows:
-        console.print(f"[bold]{label:<{LABEL}}[/]{_safe(value)}", soft_wrap=True)
+        console.print(f"[bold]{label:<{LABEL}}[/]{safe(value)}", soft_wrap=True)
     for sentence in result.verdict:
-        console.print(_safe(sentence))
+        console.print(safe(sentence))
 
 
 def _count(threads: int) -> str:
@@ -227,15 +272,15 @@ def _print_report(console: Console, report: Report) -> None:
     if report.enabled:
         console.print("[bold green]Auditing is enabled[/]")
     else:
-        console.print(f"[bold red]Auditing is not enabled[/]: {_safe(report.reason)}")
+        console.print(f"[bold red]Auditing is not enabled[/]: {safe(report.reason)}")
     for label, value in _rows(report):  # in one piece each: paths are there to be copied
-        console.print(f"[bold]{label:<{LABEL}}[/]{_safe(value)}", soft_wrap=True)
+        console.print(f"[bold]{label:<{LABEL}}[/]{safe(value)}", soft_wrap=True)
     if report.problems:
         console.print("[bold]Open problems[/]:")
     elif report.enabled:
         console.print("No open problems.")
     for problem in report.problems:
-        console.print(f"  - {_safe(problem)}")
+        console.print(f"  - {safe(problem)}")
 
 
 def _rows(report: Report) -> list[tuple[str, str]]:
@@ -252,6 +297,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("directory", report.permissions, _permissions_text),
         ("write + sync", report.latency, _latency_text),
         ("not forwarded", report.lag, _lag_text),
+        ("signed", report.signing, _signing_text),
     ):
         if part:
             rows.append((label, text(part)))
@@ -285,6 +331,18 @@ def _permissions_text(access: dict[str, Any]) -> str:
     return f"owner {access['owner']}, mode {access['mode']}; we are {access['user']}"
 
 
+def _signing_text(signing: dict[str, Any]) -> str:
+    if not signing["keys"]:
+        return (
+            "not signed (AUDIT_LOG_SIGNING_KEY_FILE): whoever may write there can compute it anew"
+        )
+    anchor = f"anchored at {signing['anchor']}" if signing["anchor"] else "not anchored elsewhere"
+    return (
+        f"by {', '.join(signing['keys'])} every {signing['entries']:,} entries or "
+        f"{signing['interval']:,.0f} s; {anchor}"
+    )
+
+
 def _lag_text(lag: dict[str, Any]) -> str:
     text = f"{lag['entries']:,} entries, {lag['bytes']:,} bytes"
     return text if lag["seconds"] is None else f"{text}, the oldest {lag['seconds']:,.0f} s old"
@@ -297,31 +355,15 @@ def _latency_text(latency: dict[str, Any]) -> str:
     )
 
 
-def _safe(value: Any) -> str:
-    """Return text that can neither control the terminal nor be taken for markup."""
-    return escape(_plain_text(value))
-
-
-def _plain_text(value: Any) -> str:
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value))
-
-
 def run() -> None:
     """Run the command; errors of ours become two lines, not a traceback."""
     try:
         cli(prog_name="structlog-audit")
     except AuditError as error:
-        click.echo(f"error: {error.reason}", err=True)
-        if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
+        echo_error(error)
         sys.exit(1)
     except BrokenPipeError:
-        _leave_stdout()
+        leave_stdout()
     except OSError as error:
         click.echo(f"error: {error.strerror or error}", err=True)
-        _leave_stdout()
-
-
-def _leave_stdout() -> NoReturn:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at exit
-    sys.exit(1)
+        leave_stdout()

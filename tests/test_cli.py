@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from reading import session_files
 from running import HANG, environment, eventually
 from servers.processes import SeqServer
 
@@ -248,7 +249,7 @@ def test_demo_aborts_its_caller_and_loses_nothing(tmp_path: Path) -> None:
     assert "inv_42 is still there" in done.stdout
     assert "4 of 4 receipts have their line on disk." in done.stdout
     assert "hunter2" not in done.stdout
-    assert len(list((tmp_path / "kept").glob("audit-*.ndjson"))) == 2
+    assert len(session_files(tmp_path / "kept")) == 2
 
 
 def test_demo_cleans_up_behind_itself(tmp_path: Path) -> None:

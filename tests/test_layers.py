@@ -11,20 +11,31 @@ from running import run_well
 import structlog_audit
 
 ROWS = [
-    "exceptions _version values context chain sinks.__init__ sinks._base sinks._durable",
-    "entry alarm helper disk exclusions sinks._key sinks._exchange web._client",
-    "formats sinks._address sinks._delivery web.__init__",
-    "call commit cursor sinks.file sinks.console sinks.http sinks.combine",
-    "session processors operation sinks.seq spool",
-    "handler logger bare_post",
-    "settings testing forward",
+    "exceptions _version values context chain merkle sinks.__init__ sinks._base sinks._durable "
+    "sinks._lock",
+    "entry alarm anchoring helper disk exclusions holds note report session_tree source sinks._key "
+    "sinks._exchange web._client",
+    "formats business journal keys new_file orphans scan selection visible anchors "
+    "sinks._address sinks._delivery web.__init__",
+    "checkpoint proof directory evidence workers",
+    "account",
+    "judge log",
+    "verify",
+    "call commit cursor reader sinks.file sinks.console sinks.http sinks.combine",
+    "session summary outcome follow processors operation sinks.seq spool",
+    "handler logger bare_post lookup activity chart",
+    "settings testing forward copies retention report_page",
+    "act export survey",
+    "handover keeping",
     "web._verbose",
     "web._request audited",
     "web._routes web._graphql web.django._options celery",
     "web.asgi web.wsgi web.strawberry web.ariadne web.django._logins web.django._middleware",
     "web.flask web.django.__init__ web.django.checks",
     "web.django.apps",
-    "doctor demo bench _pytest",
+    "cli_output terminal",
+    "doctor demo bench _pytest cli_reading",
+    "cli_report verify_command cli_export cli_keeping",
     "cli",
     "__init__ __main__",
 ]
@@ -83,7 +94,7 @@ def test_importing_the_package_loads_nothing_optional() -> None:
 
     roots = {name.split(".")[0] for name in modules}
     unwanted = {"requests", "tenacity", "click", "rich", "urllib3", "starlette", "django", "flask",
-                "graphql", "strawberry", "ariadne", "pytest", "hypothesis",
+                "graphql", "strawberry", "ariadne", "pytest", "hypothesis", "cryptography",
                 "multiprocessing"}  # fmt: skip
     # structlog itself loads rich where it is installed
     already = {
