@@ -315,7 +315,7 @@ class Checkpoints:
     def _enter_orphans(self) -> None:
         """Enter the ends of sessions whose process is gone, as they are found."""
         directory, path = os.path.split(self._journal.path)[0], self._journal.path
-        ends = list(ends_as_found(directory, path))
+        ends = ends_as_found(directory, path)
         if ends:
             with self._working():
                 self._append(ends)

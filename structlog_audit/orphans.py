@@ -54,13 +54,22 @@ def without_end(journal: str) -> dict[str, Known]:
     return found
 
 
-def ends_as_found(directory: str, journal: str) -> Iterator[Mapping[str, object]]:
+def ends_as_found(directory: str, journal: str) -> list[Mapping[str, object]]:
     """Return what is to be entered in a journal for each session whose process is gone.
+
+    A session that ends while it is looked at has its end in the journal before its lock is free;
+    so the journal is asked once more, afterwards.
 
     Args:
         directory: where the session files are.
         journal: path of the journal.
     """
+    ends = list(_ends(directory, journal))
+    still = without_end(journal) if ends else {}
+    return [end for end in ends if end["session"] in still]
+
+
+def _ends(directory: str, journal: str) -> Iterator[Mapping[str, object]]:
     for session, known in without_end(journal).items():
         path = os.path.join(directory, os.path.basename(known.file))
         try:

@@ -14,7 +14,7 @@ from signing import make_key
 
 from structlog_audit import AuditHandler, FileSink, Signer
 from structlog_audit.note import SigningKey
-from structlog_audit.orphans import without_end
+from structlog_audit.orphans import ends_as_found, without_end
 from structlog_audit.report import Report
 from structlog_audit.verify import verify
 
@@ -131,6 +131,21 @@ def test_what_contradicts_the_journal_is_not_entered(
 
     assert found(audit_dir) == []
     assert verified(audit_dir, key).verdict in ("tampered", "incomplete")
+
+
+def test_a_session_that_ends_while_it_is_looked_at_is_left_alone(
+    audit_dir: Path, tmp_path: Path, key: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is in the journal before its lock is free."""
+    handler = AuditHandler(FileSink(audit_dir, signer=Signer(tmp_path / "audit.key")))
+    handler.record({"action": "A"})
+
+    def just_ended(path: str) -> bool:
+        handler.close()
+        return False
+
+    monkeypatch.setattr("structlog_audit.orphans.is_locked", just_ended)
+    assert ends_as_found(str(audit_dir), str(audit_dir / "audit-journal.ndjson")) == []
 
 
 def test_a_session_that_is_being_written_is_left_alone(
