@@ -118,9 +118,11 @@ class Anchoring:
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="structlog-audit-anchor", daemon=True)
-        with contextlib.suppress(RuntimeError):  # no more threads: the next checkpoint tries again
+        self._thread = thread  # before it runs: it forgets itself when it ends
+        try:
             thread.start()
-            self._thread = thread
+        except RuntimeError:  # no more threads: the next checkpoint tries again
+            self._thread = None
 
     def _run(self) -> None:
         while (note := self._note) is not None:

@@ -283,9 +283,11 @@ class Checkpoints:
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="structlog-audit-sign", daemon=True)
-        with contextlib.suppress(RuntimeError):  # no more threads: the session's end is signed
+        self._thread = thread  # before it runs: it forgets itself when it ends
+        try:
             thread.start()
-            self._thread = thread
+        except RuntimeError:  # no more threads: the session's end is signed
+            self._thread = None
 
     def _run(self) -> None:
         """Sign in turn, until there is no session."""

@@ -250,6 +250,12 @@ class GroupCommit:
         """Whether nobody leads, and nothing waits to be written or told of."""
         return not (self._leader or self._queue or self._failed or self._lost)
 
+    @property
+    def has_entries(self) -> bool:
+        """Whether entries wait to be written, or a loss to be told of."""
+        queued = any(ticket.head is not _NO_HEAD for ticket in list(self._queue))
+        return bool(queued or self._failed or self._lost)
+
     def stop(self) -> None:
         """Let the helper go, when nobody will call again."""
         self._helper.stop()

@@ -440,12 +440,14 @@ def _forget(commits: GroupCommit, sessions: Sessions) -> None:
     if commits.idle and sessions.current is None:
         commits.stop()
         return
+    was_closed = sessions.current is None and not commits.has_entries  # and the helper looks
     _forgotten[commits] = sessions
     try:
         commits.defer(lambda: _close_forgotten(commits))
     except RuntimeError:  # no thread can be started
         _close_forgotten(commits)
-    warnings.warn("an AuditHandler was not closed", ResourceWarning, stacklevel=2)
+    if not was_closed:
+        warnings.warn("an AuditHandler was not closed", ResourceWarning, stacklevel=2)
 
 
 def _close_forgotten(commits: GroupCommit) -> None:
