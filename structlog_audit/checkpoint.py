@@ -273,11 +273,15 @@ class Checkpoints:
         self._wake.set()
 
     def settle(self) -> None:
-        """Wait until the last note is anchored.
+        """Wait until the thread has left the directory alone, and the last note is anchored.
 
         Raises:
             SinkError: it is not.
         """
+        thread = self._thread
+        if thread is not None and self._session is None:
+            self._wake.set()
+            thread.join(PATIENCE)
         if self._anchoring is not None:
             self._anchoring.settle()
 
@@ -300,7 +304,6 @@ class Checkpoints:
                 self._signing.guard(self._checkpoint)
                 due = monotonic() + self._signer.interval
                 if not self._looked:
-                    self._looked = True
                     self._looking.guard(self._enter_orphans)
             if self._session is None:
                 self._thread = None
@@ -316,11 +319,14 @@ class Checkpoints:
 
     def _enter_orphans(self) -> None:
         """Enter the ends of sessions whose process is gone, as they are found."""
-        directory, path = os.path.split(self._journal.path)[0], self._journal.path
-        ends = ends_as_found(directory, path)
+        self._looked = True
+        ends = ends_as_found(os.path.dirname(self._journal.path), self._journal.path)
         if ends:
             with self._working():
-                self._append(ends)
+                if self._session is None:  # it was closed meanwhile: the next one looks again
+                    self._looked = False
+                else:
+                    self._append(ends)
 
     def _root(self, session: SessionTree, head: Head, *, gently: bool) -> dict[str, object]:
         """Return the root over a session's lines; nothing if the file does not hold them."""
