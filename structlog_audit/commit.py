@@ -252,9 +252,11 @@ class GroupCommit:
 
     @property
     def has_entries(self) -> bool:
-        """Whether entries wait to be written, or a loss to be told of."""
+        """Whether entries wait, or are being written, or a loss is to be told of."""
+        leader = self._leader.get(_LEAD)
         queued = any(ticket.head is not _NO_HEAD for ticket in list(self._queue))
-        return bool(queued or self._failed or self._lost)
+        carried = leader is not None and leader.carried
+        return bool(queued or carried or self._failed or self._lost)
 
     def stop(self) -> None:
         """Let the helper go, when nobody will call again."""
