@@ -34,7 +34,8 @@ NEXT = """
     handler = AuditHandler(sink)
     handler.record({"action": "B"})
     end = time.monotonic() + 30
-    while len(without_end(sys.argv[1] + "/audit-journal.ndjson")) > int(sys.argv[3]):
+    journal = sys.argv[1] + "/audit-journal.ndjson"
+    while not sink._checkpoints._looked or sys.argv[3] in without_end(journal):
         assert time.monotonic() < end
         time.sleep(0.01)
     handler.close()
@@ -54,6 +55,10 @@ def killed(audit_dir: Path, tmp_path: Path, key: SigningKey) -> Path:
     return path
 
 
+def session_of(path: Path) -> str:
+    return path.name[-27:-7]
+
+
 def found(directory: Path) -> list[dict[str, object]]:
     lines = (directory / "audit-journal.ndjson").read_bytes().splitlines()
     return [event for event in map(orjson.loads, lines) if event.get("found")]
@@ -69,7 +74,7 @@ def test_the_next_one_that_signs_enters_the_end(
     """From then on it is covered, and whoever changes it is seen."""
     assert verified(audit_dir, key).verdict == "incomplete"
 
-    run_well(NEXT, audit_dir, tmp_path / "audit.key", 1)
+    run_well(NEXT, audit_dir, tmp_path / "audit.key", session_of(killed))
 
     report = verified(audit_dir, key)
     assert report.verdict == "valid"
@@ -85,9 +90,10 @@ def test_several_that_find_it_at_once_agree(
 ) -> None:
     """It may be entered twice, in the same words."""
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: run_python(NEXT, audit_dir, tmp_path / "audit.key", 4), range(4)))
+        arguments = audit_dir, tmp_path / "audit.key", session_of(killed)
+        list(pool.map(lambda _: run_well(NEXT, *arguments), range(4)))
 
-    assert {(e["session"], e["sequence"]) for e in found(audit_dir)} == {(killed.name[-27:-7], 10)}
+    assert {(e["session"], e["sequence"]) for e in found(audit_dir)} == {(session_of(killed), 10)}
     assert verified(audit_dir, key).verdict == "valid"
 
 
@@ -97,7 +103,7 @@ def test_a_torn_line_is_left_out(
     """Nobody was told that it is recorded."""
     killed.write_bytes(killed.read_bytes() + b'{"level":35')
 
-    run_well(NEXT, audit_dir, tmp_path / "audit.key", 1)
+    run_well(NEXT, audit_dir, tmp_path / "audit.key", session_of(killed))
 
     assert [event["sequence"] for event in found(audit_dir)] == [10]
     assert verified(audit_dir, key).verdict == "valid"
@@ -156,7 +162,7 @@ def test_a_session_that_is_being_written_is_left_alone(
     alive = AuditHandler(FileSink(audit_dir, signer=signer))
     alive.record({"action": "A"})
 
-    run_well(NEXT, audit_dir, tmp_path / "audit.key", 2)
+    run_well(NEXT, audit_dir, tmp_path / "audit.key", "nobody's")
 
     assert found(audit_dir) == []
     assert len(without_end(str(audit_dir / "audit-journal.ndjson"))) == 1
