@@ -121,7 +121,7 @@ def export(
     """
     where, name = os.path.abspath(os.fsdecode(directory)), os.path.abspath(os.fsdecode(output))
     calendar = calendar or Calendar()
-    _check_paths(where, name)
+    _check_paths(where, name, prefix)
     _check_days(first, last, calendar.business_days(first, last), limit)
     to = [_recipient(text) for text in recipients]
     about: dict[str, object] = {
@@ -305,9 +305,14 @@ def _read_journal(path: str) -> _Journal:
     return journal
 
 
-def _check_paths(directory: str, output: str) -> None:
+def _check_paths(directory: str, output: str, prefix: str) -> None:
     if not os.path.isdir(directory):
         raise AuditConfigurationError(f"there is no directory {directory}")
+    if not os.path.lexists(os.path.join(directory, journal_name(prefix))):
+        raise AuditConfigurationError(
+            f"there is no log with the prefix {prefix!r} in {directory}",
+            hint=f"it would have a journal there, {journal_name(prefix)}",
+        )
     if os.path.lexists(output):
         raise AuditConfigurationError(
             f"{output} is there already", hint="name another file; nothing is overwritten"

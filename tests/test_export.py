@@ -282,6 +282,8 @@ def test_nothing_is_overwritten(log: Path, tmp_path: Path) -> None:
         exported(log, tmp_path / "nowhere" / "x.zip")
     with pytest.raises(AuditConfigurationError, match="no directory"):
         exported(tmp_path / "nowhere", tmp_path / "z.zip")
+    with pytest.raises(AuditConfigurationError, match="no log with the prefix"):
+        exported(tmp_path, tmp_path / "z.zip")
 
 
 def test_an_export_is_encrypted_to_whoever_shall_read_it(
