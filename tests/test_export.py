@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -12,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.runner import needs
 from reading import session_files
-from running import run_python
+from running import HANG, environment, run_python
 from signing import make_key
 
 from structlog_audit import (
@@ -28,6 +31,7 @@ from structlog_audit.business import Calendar, read_calendar
 from structlog_audit.export import Exported, export
 from structlog_audit.handover import ExportError, verify_export
 from structlog_audit.note import SigningKey, read_keys
+from structlog_audit.verify import verify
 
 TODAY = datetime.now(timezone.utc).date()
 COMPANIES = ("acme", "globex", None)
@@ -375,3 +379,36 @@ def test_an_export_that_is_killed_leaves_nothing_under_its_name(log: Path, tmp_p
     assert run_python(script).returncode == -9
     assert not (tmp_path / "x.zip").exists()
     assert os.listdir(tmp_path)
+
+
+CALLS = ("fdatasync", "fsync", "link", "linkat", "unlink", "unlinkat")
+
+
+@pytest.mark.fault
+def test_killed_at_any_call_an_export_is_whole_and_on_record_or_not_there(
+    log: Path, tmp_path: Path, key: SigningKey
+) -> None:
+    """What is there holds; and whoever has it stands in the log."""
+    needs("strace")
+    (tmp_path / "key.pub").write_text(str(key.verifier))
+    output, killed = tmp_path / "x.zip", 0
+    for name in CALLS:
+        for number in itertools.count(1):
+            done = subprocess.run(
+                ["strace", "-f", "-o", os.devnull, "-e", f"trace=?{name}",
+                 "-e", f"inject=?{name}:signal=KILL:when={number}",
+                 sys.executable, "-m", "structlog_audit", "export", log,
+                 "--from", str(TODAY - timedelta(days=1)), "--to", str(TODAY), "--output", output],
+                env=environment(AUDIT_LOG_SIGNING_KEY_FILE=str(tmp_path / "audit.key")),
+                capture_output=True, timeout=HANG,
+            )  # fmt: skip
+            told = sum(b'"AuditExport"' in line for line in recorded_lines(log))
+            if output.exists():
+                assert verify_export(output, [key.verifier]).entries
+                assert told
+                output.unlink()
+            assert verify(log, keys=[key.verifier]).verdict in ("valid", "incomplete")
+            if done.returncode == 0:
+                break
+            killed += 1
+    assert killed > 10
