@@ -83,7 +83,8 @@ class Helper:
     def _work(self) -> None:
         due: float | None = None
         while True:
-            self._bell.acquire(timeout=-1 if due is None else max(0.0, due - monotonic()))
+            if not self._orders:  # the thread before may have heard the bell for them
+                self._bell.acquire(timeout=-1 if due is None else max(0.0, due - monotonic()))
             while self._orders:
                 order = self._orders.popleft()
                 if order is None:

@@ -101,3 +101,15 @@ def test_outcomes_are_written_by_themselves_after_exceptions_from_signals(audit_
         if not path.stat().st_size:  # interrupted before its first line: nothing was promised
             path.unlink()
     assert "Last" in [entry["action"] for entry in recorded(audit_dir)]
+
+
+def test_what_is_ordered_while_it_goes_is_done() -> None:
+    """It has rung once for both, the end and what came behind it."""
+    helper = Helper(lambda: None)
+    for _ in range(2_000):
+        done = threading.Event()
+        helper.order(lambda: None)
+        helper.stop()
+        helper.order(done.set)
+        assert done.wait(HANG)
+    helper.stop()
