@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Protocol
 
 from structlog_audit.exceptions import AuditError, SinkError
+from structlog_audit.helper import Helper
 
 ACTION = "AuditCheckpoint"
 PATIENCE = 10.0
@@ -48,8 +50,7 @@ class Trouble:
         try:
             work()
         except Exception as error:  # noqa: BLE001 - a foreign handler may raise anything
-            reason = error.reason if isinstance(error, AuditError) else type(error).__name__
-            self.say(f"failed: {reason}")
+            self.say(f"failed: {error if isinstance(error, AuditError) else type(error).__name__}")
             return False
         if self._failing:
             _log.warning("%s works again", self._what)
@@ -77,67 +78,64 @@ class Anchoring:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Have locks that nobody holds, and no thread."""
-        self._lock = threading.Lock()
-        self._note: str | None = None
-        self._wake = threading.Event()
-        self._sent = threading.Event()
-        self._since: float | None = None
-        self._thread: threading.Thread | None = None
+        """Have no notes, and no thread."""
+        self._notes: deque[str] = deque()
+        self._since: float | None = None  # when the one that is under way began
+        self._helper = Helper(self._turn)
 
     def offer(self, note: str) -> None:
         """Send a note soon."""
-        with self._lock:
-            self._note = note
-            self._sent.clear()
-        self._wake.set()
+        self._notes.append(note)
         since = self._since
         if since is not None and monotonic() - since > PATIENCE:
             self._trouble.say(f"has been under way for {monotonic() - since:.0f} s")
-        if self._thread is None:
-            self._start()
+        with contextlib.suppress(RuntimeError):  # no more threads: the next one tries again
+            self._helper.order(0.0)
 
     def settle(self) -> None:
-        """Wait until the last note has arrived, and close the anchor until the next one.
+        """Try once more to send the newest note, and close the anchor until the next one.
 
         Raises:
-            SinkError: it has not.
+            SinkError: it has not arrived.
         """
-        if self._note is not None:
-            if self._thread is None:
-                self._start()
-            self._wake.set()
-            if not self._sent.wait(PATIENCE):
-                self._trouble.say(f"takes longer than {PATIENCE:g} s")
-                raise SinkError(
-                    "the last checkpoint could not be sent to its anchor", persisted="no",
-                    hint="the entries are durable here; a later checkpoint covers them as well",
-                )  # fmt: skip
+        if self._notes and not wait_for(self._helper, self._turn):
+            self._trouble.say(f"takes longer than {PATIENCE:g} s")
+        self._helper.stop()
+        if self._notes:
+            raise SinkError(
+                "the last checkpoint could not be sent to its anchor", persisted="no",
+                hint="the entries are durable here; a later checkpoint covers them as well",
+            )  # fmt: skip
         with contextlib.suppress(AuditError):  # told by it
             self._anchor.close()
 
-    def _start(self) -> None:
-        thread = threading.Thread(target=self._run, name="structlog-audit-anchor", daemon=True)
-        self._thread = thread  # before it runs: it forgets itself when it ends
-        try:
-            thread.start()
-        except RuntimeError:  # no more threads: the next checkpoint tries again
-            self._thread = None
+    def _turn(self) -> float | None:
+        """Send the newest note, which covers those before it; return when to try again."""
+        if not self._notes:
+            return None
+        note = self._notes[-1]
+        self._since = monotonic()
+        arrived = self._trouble.guard(
+            lambda: self._anchor.record({"action": ACTION, "data": {"note": note}})
+        )
+        self._since = None
+        while arrived and self._notes.popleft() is not note:
+            pass
+        return None if arrived else RETRY
 
-    def _run(self) -> None:
-        while (note := self._note) is not None:
-            self._wake.clear()
-            entry = {"action": ACTION, "data": {"note": note}}
-            self._since = monotonic()
-            arrived = self._trouble.guard(lambda: self._anchor.record(entry))  # noqa: B023
-            self._since = None
-            if not arrived:
-                self._wake.wait(RETRY)
-                continue
-            with self._lock:
-                if self._note is note:
-                    self._note = None
-                    self._sent.set()
-        self._thread = None
-        if self._note is not None:  # it was offered in this instant
-            self._start()
+
+def wait_for(helper: Helper, work: Callable[[], object]) -> bool:
+    """Have a helper do something behind all that it does now; tell whether it was done in time."""
+    done = threading.Event()
+
+    def do() -> None:
+        try:
+            work()
+        finally:
+            done.set()
+
+    try:
+        helper.order(do)
+    except RuntimeError:  # no more threads, or the interpreter is shutting down
+        do()
+    return done.wait(PATIENCE)

@@ -22,14 +22,14 @@ import os
 import threading
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
-from time import monotonic
 from typing import Any, NamedTuple
 
 import orjson
 
-from structlog_audit.anchoring import Anchor, Anchoring, Trouble
+from structlog_audit.anchoring import Anchor, Anchoring, Trouble, wait_for
 from structlog_audit.chain import line_hash
 from structlog_audit.exceptions import AuditConfigurationError, AuditError, SinkError
+from structlog_audit.helper import Helper
 from structlog_audit.journal import Event, Journal, journal_origin
 from structlog_audit.merkle import Frontier
 from structlog_audit.note import (
@@ -228,8 +228,7 @@ class Checkpoints:
         """Have locks that nobody holds, and no thread, as a forked child must."""
         self._pid = os.getpid()
         self._work = threading.Lock()
-        self._wake = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._helper = Helper(self._turn)
         self._session: SessionTree | None = None
         self._head: Head | None = None
         if self._anchoring is not None:
@@ -243,12 +242,11 @@ class Checkpoints:
 
     def notice(self, head: Head) -> None:
         """Learn what was acknowledged."""
-        self._head = head
-        if head.sequence - self._signed >= self._signer.entries:
-            self._signed = head.sequence  # one wake-up is enough
-            self._wake.set()
-        if self._thread is None:
-            self._start()
+        is_first, self._head = self._head is None, head
+        if is_first or head.sequence - self._signed >= self._signer.entries:
+            self._signed = head.sequence  # one order is enough
+            with contextlib.suppress(RuntimeError):  # no more threads: the session's end is signed
+                self._helper.order(0.0)
 
     def end(self, events: Sequence[Event]) -> None:
         """Enter the ends of sessions, and sign them.
@@ -263,14 +261,12 @@ class Checkpoints:
                 last = {**last, **self._root(session, head, gently=False)}
             self._append([*before, last])
             self._session = self._head = None
-        self._wake.set()
 
     def forget(self) -> None:
         """Let go of the session: it is over, or another process's."""
         if os.getpid() != self._pid:
             self._renew()
         self._session = self._head = None
-        self._wake.set()
 
     def settle(self) -> None:
         """Wait until the thread has left the directory alone, and the last note is anchored.
@@ -278,36 +274,19 @@ class Checkpoints:
         Raises:
             SinkError: it is not.
         """
-        thread = self._thread
-        if thread is not None and self._session is None:
-            self._wake.set()
-            thread.join(PATIENCE)
+        wait_for(self._helper, lambda: None)
+        self._helper.stop()
         if self._anchoring is not None:
             self._anchoring.settle()
 
-    def _start(self) -> None:
-        thread = threading.Thread(target=self._run, name="structlog-audit-sign", daemon=True)
-        self._thread = thread  # before it runs: it forgets itself when it ends
-        try:
-            thread.start()
-        except RuntimeError:  # no more threads: the session's end is signed
-            self._thread = None
-
-    def _run(self) -> None:
-        """Sign in turn, until there is no session."""
-        due = monotonic() + self._signer.interval
-        while True:
-            self._wake.wait(max(0.0, due - monotonic()))
-            woken = self._wake.is_set()
-            self._wake.clear()
-            if self._head is not None and (woken or monotonic() >= due):
-                self._signing.guard(self._checkpoint)
-                due = monotonic() + self._signer.interval
-                if not self._looked:
-                    self._looking.guard(self._enter_orphans)
-            if self._session is None:
-                self._thread = None
-                return
+    def _turn(self) -> float | None:
+        """Sign where the session is; return when to do so again, also when nothing happens."""
+        if self._session is None:
+            return None
+        self._signing.guard(self._checkpoint)
+        if not self._looked:
+            self._looking.guard(self._enter_orphans)
+        return self._signer.interval
 
     def _checkpoint(self) -> None:
         with self._working():

@@ -13,9 +13,9 @@ import structlog_audit
 ROWS = [
     "exceptions _version values context chain merkle sinks.__init__ sinks._base sinks._durable "
     "sinks._lock",
-    "entry alarm anchoring helper disk exclusions holds note report session_tree source sinks._key "
+    "entry alarm helper disk exclusions holds note report session_tree source sinks._key "
     "sinks._exchange web._client",
-    "formats business journal keys new_file orphans scan selection visible anchors "
+    "formats anchoring business journal keys new_file orphans scan selection visible anchors "
     "sinks._address sinks._delivery web.__init__",
     "checkpoint proof directory evidence workers",
     "account",
