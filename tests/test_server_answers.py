@@ -175,8 +175,10 @@ def test_who_is_never_confirmed_raises_within_the_deadline(
         error = call(make_handler, server.url)
 
         assert isinstance(error, AuditWriteError), error
-        assert error.persisted in persisted.split(" or ")
         assert "no confirmation within 0.6 s" in str(error)
+        if "no answer in time" in str(error):  # to the last request, begun just before the end
+            persisted = "unknown"
+        assert error.persisted in persisted.split(" or ")
 
 
 def test_a_server_that_is_not_there_is_tried_until_the_deadline(make_handler: MakeHandler) -> None:
