@@ -22,9 +22,10 @@ from rich.text import Text
 
 from structlog_audit.chain import line_hash
 from structlog_audit.exceptions import AuditError
+from structlog_audit.listing import Problem
 from structlog_audit.lookup import Found
 from structlog_audit.outcome import Row
-from structlog_audit.reader import Entry, Problem
+from structlog_audit.reader import Entry
 from structlog_audit.visible import visible
 
 P = ParamSpec("P")

@@ -19,9 +19,10 @@ from structlog_audit.cli_output import (
 )
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.follow import Tail
+from structlog_audit.listing import find_files
 from structlog_audit.lookup import look_up
 from structlog_audit.outcome import Row, rows
-from structlog_audit.reader import Entry, find_files, read
+from structlog_audit.reader import Entry, read
 from structlog_audit.selection import Selection, select
 
 _FILTERS = (

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any
 
 from structlog_audit.exceptions import AuditConfigurationError
+from structlog_audit.names import SESSION_FILE
 from structlog_audit.sinks import _durable
 from structlog_audit.source import Source, Unreadable
 from structlog_audit.spool import Directory
@@ -26,7 +26,6 @@ ZST = ".zst"
 LEVEL = 10
 """Of zstd: on audit entries, what more brings is hardly smaller and takes several times longer."""
 CHUNK = 2**20
-_PART = re.compile(r"\..+-[0-9]{8}-[a-z0-9]{20}\.ndjson(?:\.gz|\.zst)?\.part")
 
 Digest = tuple[int, bytes]
 """Length and SHA-256 of a content."""
@@ -82,7 +81,8 @@ def require_zstandard() -> None:
 def remove_parts(directory: Directory) -> None:
     """Remove what a crash has left of copies in the making; whoever calls has the lock."""
     for name in directory.names():
-        if _PART.fullmatch(name):
+        of = name.removeprefix(".").removesuffix(PART)
+        if name == f".{of}{PART}" and SESSION_FILE.fullmatch(of):
             directory.remove(name)
 
 

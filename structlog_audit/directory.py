@@ -8,21 +8,15 @@ holds at least what the journal says of it.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from structlog_audit.names import COPIES, JOURNAL, SESSION_FILE
 from structlog_audit.scan import Begin, begin_of, session_of
 from structlog_audit.source import Source, Unreadable, first_line
 
 RECENT = 60.0
 """Seconds after which nothing is under way any more that was not finished."""
-SUFFIXES = ("", ".gz", ".zst")
-_SESSION_FILE = re.compile(
-    r"(?P<plain>(?P<prefix>[A-Za-z0-9][A-Za-z0-9._-]{0,63})-[0-9]{8}-(?P<session>[a-z0-9]{20})"
-    r"\.ndjson)(?:\.gz|\.zst)?"
-)
-_JOURNAL = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})-journal\.ndjson(?:\.gz|\.zst)?")
 
 
 @dataclass(slots=True)
@@ -98,7 +92,7 @@ def listing_of(path: str, names: Iterable[str], *, follow: bool = False) -> List
     others: list[str] = []
     copies = 0
     for name in sorted(names):
-        journal = _JOURNAL.fullmatch(name)
+        journal = JOURNAL.fullmatch(name)
         file = session_file(os.path.join(path, name), follow=follow)
         if journal is not None and journal[1] in journals:
             copies += 1  # behind its original, as names are sorted
@@ -124,7 +118,7 @@ def _originals(copies: list[SessionFile]) -> list[SessionFile]:
 
 def session_file(path: str, *, follow: bool = False) -> SessionFile | None:
     """Look at a file, if its name is a session file's."""
-    name = _SESSION_FILE.fullmatch(os.path.basename(path))
+    name = SESSION_FILE.fullmatch(os.path.basename(path))
     if name is None:
         return None
     file = SessionFile(path, name["plain"], name["prefix"], name["session"])
@@ -148,7 +142,7 @@ def look(file: SessionFile, *, follow: bool = False) -> None:
 
 def find(path: str, plain: str) -> SessionFile | None:
     """Look for a session file, or a compressed copy of it."""
-    for suffix in SUFFIXES:
+    for suffix in ("", *COPIES):
         file = session_file(os.path.join(path, plain + suffix))
         if file is not None and not file.gone:
             return file

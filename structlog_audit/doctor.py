@@ -28,11 +28,12 @@ from structlog_audit.exceptions import AuditConfigurationError, AuditError
 from structlog_audit.forward import is_forwarded, lag_of
 from structlog_audit.handler import AuditHandler
 from structlog_audit.logger import audit_log
+from structlog_audit.names import session_names
 from structlog_audit.processors import RouteAudit, check_order
 from structlog_audit.settings import Settings
 from structlog_audit.sinks._base import Sink
 from structlog_audit.sinks.combine import AllOf, FirstOf
-from structlog_audit.sinks.file import FileSink, session_names
+from structlog_audit.sinks.file import FileSink
 from structlog_audit.sinks.http import HttpSink
 from structlog_audit.sinks.seq import SeqSink
 from structlog_audit.testing import capture_audit

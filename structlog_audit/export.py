@@ -29,11 +29,13 @@ from structlog_audit._version import __version__
 from structlog_audit.activity import ActivityReport
 from structlog_audit.business import Calendar
 from structlog_audit.exceptions import AuditConfigurationError
-from structlog_audit.journal import journal_name
+from structlog_audit.listing import Bounds, find_files, may_be_in
 from structlog_audit.merkle import Tree, leaf_hash
+from structlog_audit.names import journal_name
 from structlog_audit.note import VerifierKey
 from structlog_audit.reader import Entry
 from structlog_audit.report_page import page
+from structlog_audit.selection import select
 from structlog_audit.sinks import _durable
 from structlog_audit.source import Lines, Source, Unreadable
 from structlog_audit.summary import Summary
@@ -80,7 +82,6 @@ class _Journal:
     """What the journal says, as far as an export needs it."""
 
     heads: dict[str, _Head] = field(default_factory=dict)
-    ended: dict[str, str] = field(default_factory=dict)
     note: str | None = None
     last: bytes = b""
     tree: Tree | None = None
@@ -226,22 +227,16 @@ class _Selection:
 
     def _files(self) -> Iterator[tuple[str, str]]:
         """Return the files that may hold entries of these days, and their sessions."""
-        names = re.compile(
-            rf"{re.escape(self._prefix)}-(\d{{8}})-([a-z0-9]{{20}})\.ndjson(\.gz|\.zst)?"
-        )
-        last = self._end[:10].replace("-", "")
-        for name in sorted(os.listdir(self._directory)):
-            found = names.fullmatch(name)
-            if found and found[1] <= last:
-                ended = self._journal.ended.get(found[2])
-                if ended is None or ended >= self._begin:
-                    yield os.path.join(self._directory, name), found[2]
+        bounds, asked = Bounds(), select(since=self._begin, until=self._end)
+        for file in find_files(self._directory):
+            if file.prefix == self._prefix and may_be_in(file, asked, bounds):
+                yield file.path, file.session
 
     def _selected(self, path: str, covered: int) -> tuple[list[bytes], list[tuple[int, bytes]]]:
         """Return the leaves of the signed part of a file, and the lines that were asked for."""
         leaves, found, number = [], [], 0
         try:
-            with Source(path) as source:
+            with Source(path, follow=False) as source:
                 for lines in Lines(source.chunks()):
                     for line in lines:
                         number += 1
@@ -290,8 +285,6 @@ def _read_journal(path: str) -> _Journal:
                     session, event = fields.get("session"), fields.get("event")
                     if "root" in fields:
                         fresh[session] = _Head(line, len(leaves), fields["sequence"])
-                    if event in ("Close", "Break"):
-                        journal.ended[session] = fields["time"]
                     if event == "Checkpoint":
                         journal.heads |= fresh
                         journal.note, journal.last, fresh = fields["note"], before, {}

@@ -20,18 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from structlog_audit.entry import SESSION_ACTION
 from structlog_audit.exceptions import AuditConfigurationError
-from structlog_audit.reader import (
-    Bounds,
-    Entry,
-    File,
-    Path,
-    Problem,
-    Scan,
-    find_files,
-    may_be_in,
-    parse,
-    warn,
-)
+from structlog_audit.listing import Bounds, File, Path, Problem, find_files, may_be_in, warn
+from structlog_audit.reader import Entry, Scan, parse
 from structlog_audit.selection import Selection, stamp
 from structlog_audit.source import STDIN, Source, Unreadable
 

@@ -34,6 +34,7 @@ from structlog_audit.chain import line_hash
 from structlog_audit.entry import timestamp
 from structlog_audit.exceptions import Persisted, SinkError, from_oserror
 from structlog_audit.merkle import Frontier, leaf_hash
+from structlog_audit.names import journal_name
 from structlog_audit.sinks import _durable
 from structlog_audit.sinks._lock import try_lock, unlock
 from structlog_audit.values import well_formed
@@ -400,11 +401,6 @@ class _File:
             _durable.sync_new_file(self.descriptor, self._base)
         else:
             _durable.sync(self.descriptor)
-
-
-def journal_name(prefix: str) -> str:
-    """Return the name of the journal of the session files with that prefix."""
-    return f"{prefix}-journal.ndjson"
 
 
 def journal_origin(name: str, first_line: bytes) -> str:

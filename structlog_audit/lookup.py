@@ -9,9 +9,10 @@ from itertools import islice
 
 from structlog_audit.chain import line_hash
 from structlog_audit.exceptions import AuditConfigurationError
+from structlog_audit.listing import File, Problem
 from structlog_audit.outcome import OUTCOMES
 from structlog_audit.proof import read_receipt
-from structlog_audit.reader import Entry, File, Problem, parse, read
+from structlog_audit.reader import Entry, parse, read
 from structlog_audit.selection import select
 from structlog_audit.source import Lines, Source, Unreadable
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from structlog_audit.reader import Entry, File, Problem, Wanted, read
+from structlog_audit.listing import File, Problem
+from structlog_audit.reader import Entry, Wanted, read
 from structlog_audit.selection import Selection
 
 OUTCOMES = ("Complete", "Fail", "Abandon")

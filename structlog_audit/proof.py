@@ -23,8 +23,8 @@ import orjson
 from structlog_audit.chain import identity, line_hash
 from structlog_audit.entry import Receipt
 from structlog_audit.exceptions import AuditConfigurationError
-from structlog_audit.journal import journal_name
 from structlog_audit.merkle import inclusion_proof, leaf_hash, verify_inclusion
+from structlog_audit.names import SESSION_FILE, journal_name
 from structlog_audit.note import Checkpoint, NoteError, VerifierKey, open_note
 from structlog_audit.source import Lines, Source, Unreadable
 
@@ -204,9 +204,9 @@ def _find(directory: str, session: str) -> tuple[str, str]:
     except OSError as error:
         raise ProofError(f"cannot look into {directory}: {error.strerror}") from error
     for name in sorted(names):  # the original before a copy
-        found = re.fullmatch(rf"(.+)-\d{{8}}-{session}\.ndjson(?:\.gz|\.zst)?", name)
-        if found is not None:
-            journal = os.path.join(directory, journal_name(found[1]))
+        found = SESSION_FILE.fullmatch(name)
+        if found is not None and found["session"] == session:
+            journal = os.path.join(directory, journal_name(found["prefix"]))
             if not os.path.isfile(journal):
                 raise ProofError(f"there is no journal {journal}", contradicts=True)
             return os.path.join(directory, name), journal

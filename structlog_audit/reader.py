@@ -15,31 +15,31 @@ from __future__ import annotations
 import contextlib
 import heapq
 import logging
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from typing import Any
 
 import orjson
 
 from structlog_audit.entry import SESSION_ACTION
-from structlog_audit.exceptions import AuditConfigurationError
-from structlog_audit.journal import journal_name
+from structlog_audit.listing import (
+    Bounds,
+    File,
+    Path,
+    Problem,
+    find_files,
+    may_be_in,
+    moment,
+    warn,
+)
 from structlog_audit.selection import Needles, Selection, Time, select, stamp
-from structlog_audit.source import LONGEST_LINE, STDIN, Lines, Source, Unreadable
+from structlog_audit.source import LONGEST_LINE, STDIN, Source, Unreadable
 
-Path = str | os.PathLike[str]
-
-SLACK = timedelta(hours=1)
-"""How much earlier than its file, or later than its end, an entry may say it was: it is stamped
-before it waits for its turn, and clocks are set."""
 OPEN_FILES = 200
 """Files that are open at once; a process may have 1,024 where nobody set another limit."""
-NAME = re.compile(r"(?P<prefix>.+)-(?P<day>\d{8})-(?P<session>[a-z0-9]{20})\.ndjson(\.gz|\.zst)?")
-_COPY = re.compile(r"\.(gz|zst)$")
 FEW = 4
 """Operations that are looked for one by one; above, every line with an operation is looked at."""
 _OPERATION = re.compile(rb'"operationId":"(?:[^"\\]|\\.)*"')
@@ -48,25 +48,6 @@ SAMPLE = 2**16
 _HEAD = b'{"level":35,"time":"'
 _TIME = slice(len(_HEAD), len(_HEAD) + 27)
 _log = logging.getLogger("structlog_audit")
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that could not be read.
-
-    Attributes:
-        file: its path.
-        number: the line, from 1; 0 for the file as a whole.
-        reason: why, in words.
-    """
-
-    file: str
-    number: int
-    reason: str
-
-    def __str__(self) -> str:
-        where = f"{self.file}:{self.number}" if self.number else self.file
-        return f"{where}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,155 +218,6 @@ def read(
     if not in_time_order or bounds is None:
         return (entry for scan in scans for entry in scan.entries())
     return _merged([(stamp(bounds.of(scan.file)[0]), scan) for scan in scans])
-
-
-def warn(problem: Problem) -> None:
-    """Log what cannot be read."""
-    _log.warning("%s", problem)
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file to read.
-
-    Attributes:
-        path: where it is.
-        prefix: what its name begins with; None if it has not the name of a session file.
-        day: the day on which it was created, UTC, as `YYYYMMDD`; or empty.
-        session: its session; or empty.
-        listed: it was found in a directory, not named.
-    """
-
-    path: str
-    prefix: str | None = None
-    day: str = ""
-    session: str = ""
-    listed: bool = False
-
-    @property
-    def name(self) -> str:
-        """Its name as it was before it was compressed."""
-        return _COPY.sub("", os.path.basename(self.path))
-
-
-def find_files(
-    path: Path | Sequence[Path], on_problem: Callable[[Problem], None] | None = None
-) -> list[File]:
-    """Return the files to read, by day and name; of a session that is there twice, the plain one.
-
-    Raises:
-        AuditConfigurationError: a path does not exist, or none is given.
-    """
-    given = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-    if not given:
-        raise AuditConfigurationError("no path to read", hint="name a directory or files")
-    found: list[File] = []
-    for each in map(os.fsdecode, given):
-        if each == STDIN:
-            found.append(File(each))
-        elif os.path.isdir(each):
-            found += _listed(each, on_problem or warn)
-        elif os.path.lexists(each):
-            found.append(_file(each))
-        else:
-            raise AuditConfigurationError(
-                f"there is no {each}",
-                hint="name a directory of session files, or files; - is stdin",
-            )
-    return sorted(found, key=lambda file: (file.day, file.name, file.path))
-
-
-def _file(path: str, *, listed: bool = False) -> File:
-    named = NAME.fullmatch(os.path.basename(path))
-    if named is None:
-        return File(path, listed=listed)
-    return File(path, named["prefix"], named["day"], named["session"], listed)
-
-
-def _listed(directory: str, on_problem: Callable[[Problem], None]) -> list[File]:
-    try:
-        names = os.listdir(directory)
-    except OSError as error:
-        on_problem(Problem(directory, 0, error.strerror or str(error)))
-        return []
-    there = set(names)
-    return [
-        _file(os.path.join(directory, name), listed=True)
-        for name in names
-        if NAME.fullmatch(name) and not _has_better(name, there)
-    ]
-
-
-def _has_better(name: str, there: set[str]) -> bool:
-    """Tell whether the same session is there in another file that is read instead."""
-    plain = _COPY.sub("", name)
-    return name != plain and (plain in there or (name.endswith(".zst") and f"{plain}.gz" in there))
-
-
-class Bounds:
-    """When the sessions of some directories began and ended, as their journals say."""
-
-    def __init__(self) -> None:
-        self._journals: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
-
-    def of(self, file: File) -> tuple[datetime | None, datetime | None]:
-        """Return before and after which moment a file has no entry, as far as is known."""
-        if file.prefix is None:
-            return None, None
-        place = os.path.dirname(file.path), file.prefix
-        if place not in self._journals:
-            self._journals[place] = _sessions(os.path.join(place[0], journal_name(file.prefix)))
-        begin, end = self._journals[place].get(file.name, ("", ""))
-        opened = _moment(begin) or _day(file.day)
-        closed = _moment(end)
-        return opened and opened - SLACK, closed and closed + SLACK
-
-
-def _sessions(journal: str) -> dict[str, tuple[str, str]]:
-    """Return when each file was opened and closed; what cannot be read is not known."""
-    found: dict[str, tuple[str, str]] = {}
-    with contextlib.suppress(Unreadable), Source(journal) as source:
-        for lines in Lines(source.chunks()):
-            for line in lines:
-                if b'"file":"' in line:
-                    _note(found, line)
-    return found
-
-
-def _note(found: dict[str, tuple[str, str]], line: bytes) -> None:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        fields = orjson.loads(line)
-        name, time, event = fields["file"], fields["time"], fields["event"]
-        opened, closed = found.get(name, ("", ""))
-        if event == "Open":
-            found[name] = min(opened or time, time), closed
-        elif event in ("Close", "Break"):
-            found[name] = opened, max(closed, time)
-
-
-def _moment(text: str) -> datetime | None:
-    with contextlib.suppress(ValueError):
-        return datetime.fromisoformat(text.replace("Z", "+00:00"))
-    return None
-
-
-def _day(text: str) -> datetime | None:
-    with contextlib.suppress(ValueError):
-        return datetime.strptime(text, "%Y%m%d").replace(tzinfo=timezone.utc)
-    return None
-
-
-def may_be_in(file: File, selection: Selection, bounds: Bounds | None) -> bool:
-    """Tell whether a file may hold what is selected."""
-    if selection.session is not None and file.session not in ("", selection.session):
-        return False
-    if bounds is None or not (selection.since or selection.until):
-        return True
-    first, last = bounds.of(file)
-    return not (
-        (selection.until is not None and first is not None and first >= selection.until)
-        or (selection.since is not None and last is not None and last < selection.since)
-    )
 
 
 class Wanted:
@@ -626,7 +458,7 @@ def parse(line: bytes) -> dict[str, Any]:
     for name, kind in _ALWAYS.items():
         if type(fields.get(name)) is not kind:
             raise ValueError(f"it is no entry: {name} is missing or no {kind.__name__}")
-    if not _STAMP.fullmatch(fields["time"]) or _moment(fields["time"]) is None:
+    if not _STAMP.fullmatch(fields["time"]) or moment(fields["time"]) is None:
         raise ValueError("it is no entry: its time is none of ours")
     return fields
 

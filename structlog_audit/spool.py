@@ -15,9 +15,9 @@ from collections.abc import Container, Iterator
 
 from structlog_audit.cursor import STATE, SUFFIX, Cursor, Problem, SessionFile, parsed, reading
 from structlog_audit.exceptions import AuditConfigurationError, from_oserror
+from structlog_audit.names import session_names
 from structlog_audit.sinks import _durable
 from structlog_audit.sinks._lock import try_lock, unlock
-from structlog_audit.sinks.file import session_names
 
 KEPT = 86_400.0
 """Seconds for which a cursor is kept, since it last moved, when its file is gone."""

@@ -10,15 +10,13 @@ from datetime import datetime, timezone
 
 from structlog_audit.chain import line_hash
 from structlog_audit.cursor import STATE
-from structlog_audit.directory import SUFFIXES
 from structlog_audit.evidence import Evidence, Facts, read_journal
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.holds import Hold, parse_time
-from structlog_audit.journal import journal_name
+from structlog_audit.names import COPIES, journal_name, session_names
 from structlog_audit.note import VerifierKey
 from structlog_audit.retention import Session, why_it_stays
 from structlog_audit.scan import last_of
-from structlog_audit.sinks.file import session_names
 from structlog_audit.source import Lines, Source, Unreadable, first_line
 from structlog_audit.spool import Spool
 from structlog_audit.verify import verify
@@ -121,7 +119,7 @@ class Survey:
         forms: dict[str, list[str]] = {}
         named = session_names(self.prefix)
         for name in sorted(os.listdir(self.directory)):
-            plain = next((name[: len(name) - len(s)] for s in SUFFIXES[1:] if name.endswith(s)),
+            plain = next((name[: len(name) - len(s)] for s in COPIES if name.endswith(s)),
                          name)  # fmt: skip
             if named.fullmatch(plain):
                 forms.setdefault(plain, []).append(name)

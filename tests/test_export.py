@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import os
@@ -412,3 +413,11 @@ def test_killed_at_any_call_an_export_is_whole_and_on_record_or_not_there(
                 break
             killed += 1
     assert killed > 10
+
+
+def test_a_copy_beside_its_original_is_not_exported_as_well(log: Path, tmp_path: Path) -> None:
+    """Or each of its entries would be there twice."""
+    path = session_files(log)[0]
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+
+    assert exported(log, tmp_path / "x.zip").entries == 33

@@ -11,13 +11,13 @@ from running import run_well
 import structlog_audit
 
 ROWS = [
-    "exceptions _version values context chain merkle sinks.__init__ sinks._base sinks._durable "
-    "sinks._lock",
+    "exceptions _version names values context chain merkle sinks.__init__ sinks._base "
+    "sinks._durable sinks._lock",
     "entry alarm helper disk exclusions holds note report session_tree source sinks._key "
     "sinks._exchange web._client",
     "formats anchoring business journal keys new_file orphans scan selection visible anchors "
     "sinks._address sinks._delivery web.__init__",
-    "checkpoint proof directory evidence workers",
+    "checkpoint proof directory evidence listing workers",
     "account",
     "judge log",
     "verify",

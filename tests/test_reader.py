@@ -17,7 +17,7 @@ import pytest
 from reading import session_files
 from running import environment
 
-from structlog_audit import AuditConfigurationError, AuditHandler, reader, selection, source
+from structlog_audit import AuditConfigurationError, AuditHandler, listing, reader, selection, source
 from structlog_audit.reader import Problem, entries
 
 zstandard = pytest.importorskip("zstandard")
@@ -181,7 +181,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             paths.append(os.path.basename(path))
             super().__init__(path, **options)
 
-    monkeypatch.setattr(reader, "Source", Spy)
+    for module in (reader, listing):
+        monkeypatch.setattr(module, "Source", Spy)
     return paths
 
 

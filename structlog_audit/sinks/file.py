@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,11 +32,10 @@ from structlog_audit.exceptions import (
     from_oserror,
 )
 from structlog_audit.journal import Event, Journal
+from structlog_audit.names import PREFIX, session_name
 from structlog_audit.sinks import _durable
 from structlog_audit.sinks._lock import mark_alive, try_lock
 from structlog_audit.values import well_formed
-
-_PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class FileSink:
@@ -62,7 +60,7 @@ class FileSink:
         allow_unsafe_directory: bool = False,
         signer: Signer | None = None,
     ) -> None:
-        if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
+        if not isinstance(prefix, str) or not PREFIX.fullmatch(prefix):
             raise AuditConfigurationError(
                 f"a prefix is made of letters, digits, '.', '-' and '_', not {prefix!r}",
                 hint="directories belong into the directory, not into the prefix",
@@ -151,7 +149,7 @@ class FileSink:
         """
         self.close()
         self._base = self._open_directory()
-        self._name = _session_name(self.prefix, session)
+        self._name = session_name(self.prefix, time.strftime("%Y%m%d", time.gmtime()), session)
         self.path = os.path.join(self.directory, self._name)
         try:
             self._descriptor = _durable.create(self.directory, self._base, self._name)
@@ -369,15 +367,6 @@ class FileSink:
         except OSError:
             return False
         return True
-
-
-def session_names(prefix: str) -> re.Pattern[str]:
-    """Return a pattern for the names of session files with that prefix; group 1 is the session."""
-    return re.compile(rf"{re.escape(prefix)}-\d{{8}}-([a-z0-9]{{20}})\.ndjson", re.ASCII)
-
-
-def _session_name(prefix: str, session: str) -> str:
-    return f"{prefix}-{time.strftime('%Y%m%d', time.gmtime())}-{session}.ndjson"
 
 
 def _identity(stats: os.stat_result) -> tuple[int, int]:

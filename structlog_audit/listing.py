@@ -1,0 +1,203 @@
+"""The files of a log that are to be read: which there are, and which of them may be asked for.
+
+A session that is there plain and compressed is read once. When a session began and ended, its
+journal says; without it, the name says on which day it began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+import orjson
+
+from structlog_audit.exceptions import AuditConfigurationError
+from structlog_audit.names import SESSION_FILE, journal_name
+from structlog_audit.selection import Selection
+from structlog_audit.source import STDIN, Lines, Source, Unreadable
+
+Path = str | os.PathLike[str]
+
+SLACK = timedelta(hours=1)
+"""How much earlier than its file, or later than its end, an entry may say it was: it is stamped
+before it waits for its turn, and clocks are set."""
+_log = logging.getLogger("structlog_audit")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that could not be read.
+
+    Attributes:
+        file: its path.
+        number: the line, from 1; 0 for the file as a whole.
+        reason: why, in words.
+    """
+
+    file: str
+    number: int
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.number}" if self.number else self.file
+        return f"{where}: {self.reason}"
+
+
+def warn(problem: Problem) -> None:
+    """Log what cannot be read."""
+    _log.warning("%s", problem)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file to read.
+
+    Attributes:
+        path: where it is.
+        prefix: what its name begins with; None if it has not the name of a session file.
+        day: the day on which it was created, UTC, as `YYYYMMDD`; or empty.
+        session: its session; or empty.
+        listed: it was found in a directory, not named.
+    """
+
+    path: str
+    prefix: str | None = None
+    day: str = ""
+    session: str = ""
+    listed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name as it was before it was compressed."""
+        return _plain(os.path.basename(self.path))
+
+
+def find_files(
+    path: Path | Sequence[Path], on_problem: Callable[[Problem], None] | None = None
+) -> list[File]:
+    """Return the files to read, by day and name; of a session that is there twice, the plain one.
+
+    Raises:
+        AuditConfigurationError: a path does not exist, or none is given.
+    """
+    given = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if not given:
+        raise AuditConfigurationError("no path to read", hint="name a directory or files")
+    found: list[File] = []
+    for each in map(os.fsdecode, given):
+        if each == STDIN:
+            found.append(File(each))
+        elif os.path.isdir(each):
+            found += _listed(each, on_problem or warn)
+        elif os.path.lexists(each):
+            found.append(_file(each))
+        else:
+            raise AuditConfigurationError(
+                f"there is no {each}",
+                hint="name a directory of session files, or files; - is stdin",
+            )
+    return sorted(found, key=lambda file: (file.day, file.name, file.path))
+
+
+def _file(path: str, *, listed: bool = False) -> File:
+    named = SESSION_FILE.fullmatch(os.path.basename(path))
+    if named is None:
+        return File(path, listed=listed)
+    return File(path, named["prefix"], named["day"], named["session"], listed)
+
+
+def _listed(directory: str, on_problem: Callable[[Problem], None]) -> list[File]:
+    try:
+        names = os.listdir(directory)
+    except OSError as error:
+        on_problem(Problem(directory, 0, error.strerror or str(error)))
+        return []
+    there = set(names)
+    return [
+        _file(os.path.join(directory, name), listed=True)
+        for name in names
+        if SESSION_FILE.fullmatch(name) and not _has_better(name, there)
+    ]
+
+
+def _has_better(name: str, there: set[str]) -> bool:
+    """Tell whether the same session is there in another file that is read instead."""
+    plain = _plain(name)
+    return name != plain and (plain in there or (name.endswith(".zst") and f"{plain}.gz" in there))
+
+
+def _plain(name: str) -> str:
+    """Return a name as it was before the file was compressed."""
+    named = SESSION_FILE.fullmatch(name)
+    return name if named is None else named["plain"]
+
+
+class Bounds:
+    """When the sessions of some directories began and ended, as their journals say."""
+
+    def __init__(self) -> None:
+        self._journals: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
+
+    def of(self, file: File) -> tuple[datetime | None, datetime | None]:
+        """Return before and after which moment a file has no entry, as far as is known."""
+        if file.prefix is None:
+            return None, None
+        place = os.path.dirname(file.path), file.prefix
+        if place not in self._journals:
+            self._journals[place] = _sessions(os.path.join(place[0], journal_name(file.prefix)))
+        begin, end = self._journals[place].get(file.name, ("", ""))
+        opened = moment(begin) or _day(file.day)
+        closed = moment(end)
+        return opened and opened - SLACK, closed and closed + SLACK
+
+
+def _sessions(journal: str) -> dict[str, tuple[str, str]]:
+    """Return when each file was opened and closed; what cannot be read is not known."""
+    found: dict[str, tuple[str, str]] = {}
+    with contextlib.suppress(Unreadable), Source(journal) as source:
+        for lines in Lines(source.chunks()):
+            for line in lines:
+                if b'"file":"' in line:
+                    _note(found, line)
+    return found
+
+
+def _note(found: dict[str, tuple[str, str]], line: bytes) -> None:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        fields = orjson.loads(line)
+        name, time, event = fields["file"], fields["time"], fields["event"]
+        opened, closed = found.get(name, ("", ""))
+        if event == "Open":
+            found[name] = min(opened or time, time), closed
+        elif event in ("Close", "Break"):
+            found[name] = opened, max(closed, time)
+
+
+def moment(text: str) -> datetime | None:
+    """Return the moment that a time on a line stands for; None if it is no time."""
+    with contextlib.suppress(ValueError):
+        return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return None
+
+
+def _day(text: str) -> datetime | None:
+    with contextlib.suppress(ValueError):
+        return datetime.strptime(text, "%Y%m%d").replace(tzinfo=timezone.utc)
+    return None
+
+
+def may_be_in(file: File, selection: Selection, bounds: Bounds | None) -> bool:
+    """Tell whether a file may hold what is selected."""
+    if selection.session is not None and file.session not in ("", selection.session):
+        return False
+    if bounds is None or not (selection.since or selection.until):
+        return True
+    first, last = bounds.of(file)
+    return not (
+        (selection.until is not None and first is not None and first >= selection.until)
+        or (selection.since is not None and last is not None and last < selection.since)
+    )
