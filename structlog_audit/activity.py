@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -82,7 +82,7 @@ class ActivityReport:
     summary: Summary
     paths: Sequence[str]
     generated: datetime
-    selection: dict[str, str]
+    selection: Mapping[str, str | datetime]
     verdict: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class ActivityReport:
                 "tool": f"structlog-audit {__version__}",
                 "generated": stamp(self.generated),
                 "paths": list(self.paths),
-                "selection": self.selection,
+                "selection": _stamped(self.selection),
                 "verdict": self.verdict,
             },
             "totals": totals(summary),
@@ -115,6 +115,13 @@ class ActivityReport:
             "gaps": [_plain(gap) for gap in summary.gaps.items()],
             "unreadable": list(summary.unreadable),
         }
+
+    def selection_text(self) -> str:
+        """Return the filters in words; nothing if there are none."""
+        return ", ".join(
+            f"{name}: {f'{moment(value)} (UTC)' if isinstance(value, datetime) else value}"
+            for name, value in self.selection.items()
+        )
 
     def as_json(self) -> str:
         """Return it as JSON in which everything that is not plain to see is escaped."""
@@ -401,7 +408,10 @@ def _days(summary: Summary) -> dict[str, Any]:
 
 def _plain(item: Any) -> dict[str, Any]:
     """Return a dataclass of ours in types of JSON."""
+    return _stamped(asdict(item))
+
+
+def _stamped(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: stamp(value) if isinstance(value, datetime) else value
-        for key, value in asdict(item).items()
+        key: stamp(value) if isinstance(value, datetime) else value for key, value in values.items()
     }

@@ -103,15 +103,13 @@ def _filters(given: Mapping[str, Any]) -> dict[str, Any]:
     return filters
 
 
-def _spelled(filters: Mapping[str, Any]) -> dict[str, str]:
-    spelled = {}
+def _spelled(filters: Mapping[str, Any]) -> dict[str, str | datetime]:
+    spelled: dict[str, str | datetime] = {}
     for name, value in filters.items():
-        if isinstance(value, datetime):
-            spelled[name] = f"{moment(value)} (UTC)"
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             spelled.update({f"data.{path}": each for path, each in value.items()})
         else:
-            spelled[name] = str(value)
+            spelled[name] = value if isinstance(value, datetime) else str(value)
     return spelled
 
 
@@ -200,8 +198,7 @@ def _heading(made: ActivityReport) -> Iterator[str]:
     yield _TITLE
     yield f"period     {made.period()}"
     if made.selection:
-        selection = ", ".join(f"{name}: {value}" for name, value in made.selection.items())
-        yield f"selection  {shown(selection)}"
+        yield f"selection  {shown(made.selection_text())}"
     for path in made.paths:
         yield f"read from  {shown(path)}"
     yield f"made       {moment(made.generated)} (UTC)"

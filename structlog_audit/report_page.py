@@ -133,10 +133,9 @@ def text_html(text: str) -> str:
 
 
 def _header(report: ActivityReport) -> str:
-    selection = ", ".join(f"{name}: {value}" for name, value in report.selection.items())
     facts = [
         ("Period", [report.period()]),
-        ("Selection", [selection or "all entries"]),
+        ("Selection", [report.selection_text() or "all entries"]),
         ("Read from", report.paths),
         ("Verification", (report.verdict or "not part of this report").splitlines()),
         ("Made", [f"{moment(report.generated)} (UTC) by structlog-audit {__version__}"]),
