@@ -2,7 +2,8 @@
 
 A Begin waits for its outcome, which is looked for whatever else is selected: an outcome need not
 have the data that was asked for. The entries come in order of time, so the outcome stands behind
-its Begin, in the same session or in the next. What waits is bounded.
+its Begin, in the same session or in the next. What waits is bounded. Where outcomes are asked for,
+as with `--event Fail`, Begins are kept until then.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from structlog_audit.listing import File, Problem
-from structlog_audit.reader import Entry, Wanted, read
+from structlog_audit.reader import Entry, parse, read
 from structlog_audit.selection import Selection
+from structlog_audit.wanted import Begun, Wanted
 
 OUTCOMES = ("Complete", "Fail", "Abandon")
 MAX_WAITING = 2**24
@@ -63,6 +65,9 @@ def rows(
         selection: what is asked for.
         on_problem: is told of what cannot be read.
     """
+    if selection.event in OUTCOMES:
+        yield from _ended(files, selection, on_problem, Begun(selection.event, MAX_WAITING))
+        return
     wanted, waiting, size = Wanted(), dict[str, Entry](), 0
     for entry in read(files, selection, in_time_order=True, on_problem=on_problem, wanted=wanted):
         operation = entry.operation_id
@@ -86,3 +91,22 @@ def rows(
                 yield Row(waiting.pop(oldest), given_up=True)
     for entry in waiting.values():
         yield Row(entry)
+
+
+def _ended(
+    files: Sequence[File],
+    selection: Selection,
+    on_problem: Callable[[Problem], None] | None,
+    begun: Begun,
+) -> Iterator[Row]:
+    """Read outcomes; each comes with its Begin, whenever that was."""
+    for entry in read(files, selection, in_time_order=True, on_problem=on_problem, wanted=begun):
+        line = None if entry.operation_id is None else begun.pop(entry.operation_id)
+        try:
+            fields = {} if line is None else parse(line)
+        except ValueError:  # whoever asks for Begins is told
+            fields = {}
+        if line is None or fields.get("event") != "Begin":
+            yield Row(entry, is_alone=True)
+        else:
+            yield Row(Entry(line, entry.file, fields["sequence"], fields), entry)

@@ -37,12 +37,10 @@ from structlog_audit.listing import (
 )
 from structlog_audit.selection import Needles, Selection, Time, select, stamp
 from structlog_audit.source import LONGEST_LINE, STDIN, Source, Unreadable
+from structlog_audit.wanted import Wanted
 
 OPEN_FILES = 200
 """Files that are open at once; a process may have 1,024 where nobody set another limit."""
-FEW = 4
-"""Operations that are looked for one by one; above, every line with an operation is looked at."""
-_OPERATION = re.compile(rb'"operationId":"(?:[^"\\]|\\.)*"')
 SAMPLE = 2**16
 """Bytes of a file in which to see how often something stands there."""
 _HEAD = b'{"level":35,"time":"'
@@ -193,7 +191,8 @@ def entries(
         The entries; they are read as they are asked for.
 
     Raises:
-        AuditConfigurationError: an argument cannot be understood, or a path does not exist.
+        AuditConfigurationError: an argument cannot be understood, a path does not exist, or a
+            directory has no log.
     """
     selection = select(
         since=since, until=until, user=user, company=company, action=action, type=type, ip=ip,
@@ -218,42 +217,6 @@ def read(
     if not in_time_order or bounds is None:
         return (entry for scan in scans for entry in scan.entries())
     return _merged([(stamp(bounds.of(scan.file)[0]), scan) for scan in scans])
-
-
-class Wanted:
-    """Operations whose outcomes are asked for too, whatever else is selected.
-
-    Attributes:
-        needles: what a line must have one of.
-    """
-
-    def __init__(self) -> None:
-        self._operations: dict[bytes, None] = {}
-        self.needles: Needles = ()
-
-    def add(self, operation: str) -> None:
-        """Want the outcome of an operation from now on."""
-        self._operations[_operation(operation)] = None
-        self._spell()
-
-    def discard(self, operation: str) -> None:
-        """Want it no more."""
-        self._operations.pop(_operation(operation), None)
-        self._spell()
-
-    def may_hold(self, line: bytes) -> bool:
-        """Tell whether a line may be such an outcome."""
-        return bool(self._operations) and any(
-            found in self._operations for found in _OPERATION.findall(line)
-        )
-
-    def _spell(self) -> None:
-        few = len(self._operations) <= FEW
-        self.needles = tuple(self._operations) if few else (b'"operationId":"',)
-
-
-def _operation(operation: str) -> bytes:
-    return b'"operationId":%b' % orjson.dumps(operation)
 
 
 class Scan:

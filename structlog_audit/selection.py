@@ -43,6 +43,7 @@ class Selection:
         since: the first moment, or None.
         until: the first moment behind, or None.
         session: the one session that is asked for, or None.
+        event: the one kind of entry that is asked for, or None.
         needles: what a line must have one of, for each filter; the rarest first, by guess.
         raw: what else is to be found out before a line is parsed.
         checks: what must hold of the parsed line.
@@ -51,6 +52,7 @@ class Selection:
     since: datetime | None = None
     until: datetime | None = None
     session: str | None = None
+    event: str | None = None
     needles: tuple[Needles, ...] = ()
     raw: tuple[Callable[[bytes], bool], ...] = ()
     checks: tuple[Check, ...] = ()
@@ -89,6 +91,14 @@ def select(
     Raises:
         AuditConfigurationError: one of them cannot be understood.
     """
+    for name, value in {"user": user, "company": company, "action": action, "type": type,
+                        "ip": ip, "event": event, "operation": operation, "session": session,
+                        "text": text}.items():  # fmt: skip
+        if value == "":
+            raise AuditConfigurationError(
+                f"the {name} to look for is empty", hint="leave it out to find any"
+            )
+    kind = None if event is None else _kind(event)
     filters = [  # those that few entries pass stand first
         _equal("operationId", operation),
         _equal("session", session),
@@ -99,7 +109,7 @@ def select(
         None if action is None else _action(action),
         None if ip is None else _ip(ip),
         _equal("type", type),
-        None if event is None else _equal("event", _kind(event)),
+        _equal("event", kind),
         None if own or action == SESSION_ACTION else _Filter((), _is_not_own),
     ]  # fmt: skip
     given = [each for each in filters if each is not None]
@@ -110,6 +120,7 @@ def select(
         since=begin,
         until=end,
         session=session,
+        event=kind,
         needles=tuple(each.needles for each in given if each.needles),
         raw=tuple(each.raw for each in given if each.raw is not None),
         checks=tuple(each.check for each in given),
@@ -166,8 +177,6 @@ def _action(pattern: str) -> _Filter:
 
 
 def _text(text: str) -> _Filter:
-    if not text:
-        raise AuditConfigurationError("the text to look for is empty")
     return _Filter((_spelled(text)[1:-1],), functools.partial(_has_text, text=text))
 
 

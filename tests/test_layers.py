@@ -17,7 +17,7 @@ ROWS = [
     "sinks._exchange web._client",
     "formats anchoring business journal keys new_file orphans scan selection visible anchors "
     "sinks._address sinks._delivery web.__init__",
-    "checkpoint proof directory evidence listing workers",
+    "checkpoint proof directory evidence listing wanted workers",
     "account",
     "judge log",
     "verify",
