@@ -134,7 +134,7 @@ def tail(paths: tuple[str, ...], count: int, follow: bool, as_json: bool, **give
     Example: structlog-audit tail -f /var/log/audit --company 2350
     """
     problems, out = Problems(), Rows()
-    end = Tail(paths, _selection(**given), problems)
+    end = Tail(paths, _selection(**given), problems, may_be_empty=follow)
     found = False
 
     def show_entry(entry: Entry) -> None:

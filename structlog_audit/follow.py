@@ -47,9 +47,10 @@ class Tail:
         paths: directories and files.
         selection: what is asked for.
         on_problem: is told of what cannot be read.
+        may_be_empty: a log may yet come to be in a directory.
 
     Raises:
-        AuditConfigurationError: a path does not exist, or is standard input.
+        AuditConfigurationError: a path does not exist, has no log, or is standard input.
     """
 
     def __init__(
@@ -57,13 +58,15 @@ class Tail:
         paths: Path | Sequence[Path],
         selection: Selection,
         on_problem: Callable[[Problem], None] | None = None,
+        *,
+        may_be_empty: bool = False,
     ) -> None:
         self._paths = paths
         self._selection = selection
         self._on_problem = on_problem or warn
         self._ends: dict[Key, int] = {}  # how far each file was read
         self._over: set[Key] = set()  # nothing more comes
-        files = find_files(paths, self._on_problem)
+        files = find_files(paths, self._on_problem, may_be_empty=may_be_empty)
         if any(file.path == STDIN for file in files):
             raise AuditConfigurationError(
                 "standard input has no end to look at", hint="search reads it"
@@ -149,7 +152,7 @@ class Tail:
     def _new(self) -> Iterator[Entry]:
         """Return the entries that are there since the last look."""
         try:
-            files = find_files(self._paths, self._on_problem)
+            files = find_files(self._paths, self._on_problem, may_be_empty=True)
         except AuditConfigurationError:  # what was named has gone, for now
             return
         for file in files:

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta, timezone
 import orjson
 
 from structlog_audit.exceptions import AuditConfigurationError
-from structlog_audit.names import SESSION_FILE, journal_name
+from structlog_audit.names import JOURNAL, SESSION_FILE, journal_name
 from structlog_audit.selection import Selection
 from structlog_audit.source import STDIN, Lines, Source, Unreadable
 
@@ -77,12 +77,20 @@ class File:
 
 
 def find_files(
-    path: Path | Sequence[Path], on_problem: Callable[[Problem], None] | None = None
+    path: Path | Sequence[Path],
+    on_problem: Callable[[Problem], None] | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> list[File]:
     """Return the files to read, by day and name; of a session that is there twice, the plain one.
 
+    Args:
+        path: directories and files; `-` is standard input.
+        on_problem: is told of what cannot be read; without it, a warning is logged.
+        may_be_empty: a log may yet come to be in a directory.
+
     Raises:
-        AuditConfigurationError: a path does not exist, or none is given.
+        AuditConfigurationError: a path does not exist, a directory has no log, or none is given.
     """
     given = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not given:
@@ -92,7 +100,7 @@ def find_files(
         if each == STDIN:
             found.append(File(each))
         elif os.path.isdir(each):
-            found += _listed(each, on_problem or warn)
+            found += _listed(each, on_problem or warn, may_be_empty)
         elif os.path.lexists(each):
             found.append(_file(each))
         else:
@@ -110,18 +118,26 @@ def _file(path: str, *, listed: bool = False) -> File:
     return File(path, named["prefix"], named["day"], named["session"], listed)
 
 
-def _listed(directory: str, on_problem: Callable[[Problem], None]) -> list[File]:
+def _listed(
+    directory: str, on_problem: Callable[[Problem], None], may_be_empty: bool
+) -> list[File]:
     try:
         names = os.listdir(directory)
     except OSError as error:
         on_problem(Problem(directory, 0, error.strerror or str(error)))
         return []
     there = set(names)
-    return [
+    found = [
         _file(os.path.join(directory, name), listed=True)
         for name in names
         if SESSION_FILE.fullmatch(name) and not _has_better(name, there)
     ]
+    if not (found or may_be_empty or any(map(JOURNAL.fullmatch, names))):
+        raise AuditConfigurationError(
+            f"there is no audit log in {directory}: no session file and no journal",
+            hint="name the directory that has them; those below it are not looked into",
+        )
+    return found
 
 
 def _has_better(name: str, there: set[str]) -> bool:

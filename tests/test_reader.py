@@ -17,7 +17,14 @@ import pytest
 from reading import session_files
 from running import environment
 
-from structlog_audit import AuditConfigurationError, AuditHandler, listing, reader, selection, source
+from structlog_audit import (
+    AuditConfigurationError,
+    AuditHandler,
+    listing,
+    reader,
+    selection,
+    source,
+)
 from structlog_audit.reader import Problem, entries
 
 zstandard = pytest.importorskip("zstandard")
@@ -501,7 +508,8 @@ def test_a_path_that_does_not_exist_is_wrong_use(tmp_path: Path) -> None:
         entries(tmp_path / "audti")
     with pytest.raises(AuditConfigurationError):
         entries([])
-    assert not list(entries(tmp_path))
+    with pytest.raises(AuditConfigurationError, match="there is no audit log in"):
+        entries(tmp_path)
 
 
 def test_a_link_or_a_directory_in_place_of_a_session_file_is_reported(

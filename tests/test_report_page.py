@@ -143,6 +143,7 @@ def test_the_page_says_what_it_is_of(tmp_path: Path) -> None:
 
 def test_an_empty_log_makes_a_page(tmp_path: Path) -> None:
     """There is nothing to draw, and that is said."""
+    (tmp_path / "audit-journal.ndjson").touch()
     text = page_of(tmp_path)
 
     assert "<title>Audit report, no entries</title>" in text

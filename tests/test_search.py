@@ -147,6 +147,42 @@ def test_an_outcome_need_not_match_what_was_asked_for(
     assert [row.status for row in read_rows(audit_dir, event="Fail")] == ["Fail"] * 20
 
 
+def test_who_asks_for_an_outcome_gets_its_begin_as_well(
+    handler: AuditHandler, audit_dir: Path
+) -> None:
+    """What failed, and for how long it ran, also where only the outcome has what was asked for."""
+    for number in range(20):
+        name = f"o{number}"
+        handler.record({"action": "A", "operation_id": name, "data": {"n": number}}, "Begin")
+        handler.record({"action": "Within", "operation_id": name, "data": {"status": 500}})
+        if number == 5:
+            handler.reopen()
+        event = "Fail" if number % 2 else "Complete"
+        handler.record({"action": "A", "operation_id": name, "data": {"status": 500}}, event)  # type: ignore[arg-type]
+    handler.record({"action": "A", "operation_id": "none"}, "Fail")
+
+    found = read_rows(audit_dir, event="Fail", data={"status": 500})
+
+    assert [row.entry.data for row in found] == [{"n": number} for number in range(1, 20, 2)]
+    assert {(row.entry.event, row.status) for row in found} == {("Begin", "Fail")}
+    assert all(row.duration is not None for row in found)
+    (alone,) = read_rows(audit_dir, event="Fail", operation="none")
+    assert (alone.entry.event, alone.status, alone.duration) == ("Fail", "Fail", None)
+
+
+def test_the_begins_that_are_kept_are_bounded(
+    handler: AuditHandler, audit_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest goes first, and those that ended in another way make room."""
+    monkeypatch.setattr(outcome, "MAX_WAITING", 1_000)
+    for number in range(10):
+        handler.record({"action": "A", "operation_id": f"o{number}"}, "Begin")
+    handler.record({"action": "A", "operation_id": "o9"}, "Complete")
+    handler.record({"action": "A", "operation_id": "o8"}, "Fail")
+    handler.record({"action": "A", "operation_id": "o0"}, "Fail")
+    assert [row.entry.event for row in read_rows(audit_dir, event="Fail")] == ["Begin", "Fail"]
+
+
 def test_an_outcome_in_the_next_session_is_found(handler: AuditHandler, audit_dir: Path) -> None:
     """The session may end within an operation, and names tell nothing of their order."""
     for number in range(10):
@@ -202,6 +238,8 @@ def test_exit_statuses_are_those_of_grep(month: Path, tmp_path: Path) -> None:
     [
         ["--since", "soon"], ["--ip", "x"], ["--event", "x"], ["--data", "x"], ["--data", "=x"],
         ["--since", "2025-01-02", "--until", "2025-01-01"], ["--text", ""], ["--nothing"],
+        ["--user", ""], ["--company", ""], ["--action", ""], ["--session", ""],
+        ["--operation", ""], ["--type", ""],
     ],
 )  # fmt: skip
 def test_wrong_use_is_told_without_a_traceback(month: Path, arguments: list[str]) -> None:
@@ -211,6 +249,22 @@ def test_wrong_use_is_told_without_a_traceback(month: Path, arguments: list[str]
     assert done.stdout == ""
     assert "rror" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [["search"], ["tail"], ["show", "x"], ["report"]])
+def test_a_directory_without_a_log_is_no_answer(command: list[str], tmp_path: Path) -> None:
+    """A mistyped path is told as what it is: 1 would say that nobody did it."""
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "notes.txt").touch()
+    done = run(*command, tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"there is no audit log in {tmp_path}" in done.stderr
+
+
+def test_a_log_whose_sessions_have_all_gone_is_a_log(month: Path, tmp_path: Path) -> None:
+    """What is left of it is its journal."""
+    (tmp_path / "audit-journal.ndjson").write_bytes((month / "audit-journal.ndjson").read_bytes())
+    assert run("search", tmp_path).returncode == 1
 
 
 def test_a_path_that_does_not_exist_is_told(tmp_path: Path) -> None:
