@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from structlog_audit.act import recorder
+from structlog_audit.act import Recorder
 from structlog_audit.business import Calendar, read_calendar
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.export import LIMIT, export
 from structlog_audit.handover import verify_export
+from structlog_audit.settings import Settings
 from structlog_audit.terminal import Judgement, plain_text, public_keys
 
 _FILE = click.File("rb")
@@ -45,11 +46,11 @@ def _day(text: str) -> date:
 @click.option("--limit", type=click.IntRange(min=1), default=LIMIT, show_default=True,
               help="Business days at a time.")  # fmt: skip
 @click.option("--no-limit", is_flag=True, help="Any number of days.")
-@click.option("--prefix", default="audit", show_default=True, help="Begin of the file names.")
+@click.option("--prefix", help="Begin of the file names; AUDIT_LOG_PREFIX, or audit.")
 def export_days(
     directory: str, first: str, last: str, output: str, company: str | None,
     keys: tuple[str, ...], recipients: tuple[str, ...], calendar: Any, limit: int,
-    no_limit: bool, prefix: str,
+    no_limit: bool, prefix: str | None,
 ) -> None:  # fmt: skip
     """Write the entries of some days into an archive, with what proves them.
 
@@ -58,21 +59,22 @@ def export_days(
 
     Example: structlog-audit export audit --from 2026-11-16 --to 2026-11-20 --output nov.zip
     """
-    known = public_keys(keys)
-    with recorder(directory, prefix) as act:
-        exported = export(
-            directory,
-            output,
-            first=_day(first),
-            last=_day(last),
-            record=act.record,
-            calendar=read_calendar(_text(calendar)) if calendar else Calendar(),
-            limit=None if no_limit else limit,
-            company=company,
-            prefix=prefix,
-            keys=known or act.keys,
-            recipients=recipients,
-        )
+    known, settings = public_keys(keys), Settings.from_environ()
+    recorder = Recorder(directory, settings, prefix=prefix, keys=known)
+    recorder.check()
+    exported = export(
+        directory,
+        output,
+        first=_day(first),
+        last=_day(last),
+        record=recorder.record,
+        calendar=read_calendar(_text(calendar)) if calendar else Calendar(),
+        limit=None if no_limit else limit,
+        company=company,
+        prefix=recorder.prefix,
+        keys=recorder.keys,
+        recipients=recipients,
+    )
     click.echo(f"{exported.path}: {exported.entries:,} entries, {exported.proven:,} of them proven")
     click.echo(f"sha256 {exported.sha256}")
     if exported.verdict != "valid":

@@ -142,6 +142,7 @@ class Evidence:
         checkpoints: notes that a given key has signed.
         others: notes that none of the given keys has signed.
         expired: notes that a given key has signed out of its time.
+        is_signed: somebody signs it, with whatever key.
         found: sessions whose end was entered as it was found, without their process.
         signers: name and number of the keys that signed these.
         origins: names that checkpoints of this journal may have, by the given keys.
@@ -164,6 +165,7 @@ class Evidence:
     checkpoints: int = 0
     others: int = 0
     expired: int = 0
+    is_signed: bool = False
     found: set[str] = field(default_factory=set)
     signers: set[str] = field(default_factory=set)
     origins: set[str] = field(default_factory=set)
@@ -195,6 +197,7 @@ class Evidence:
         """Take over how far it is signed from a later look at it."""
         self.signed, self.checkpoints, self.others = newer.signed, newer.checkpoints, newer.others
         self.times, self.expired = newer.times, newer.expired
+        self.is_signed = newer.is_signed
         self.lines, self.size, self.tail = newer.lines, newer.size, newer.tail
         self.last, self.anchored = newer.last, newer.anchored
         self.holds, self.vouched = newer.holds, newer.vouched
@@ -262,7 +265,6 @@ class _Reading:
         self._time = ""
         self._newer = False
         self._unsigned: list[int] = []  # lines that the next note may vouch for
-        self._is_signed = False
         self._zeros: tuple[int, int] | None = None  # the last line, if a power failure left zeros
         self._expired: list[tuple[int, int, int, str]] = []
         self._chain = Chain(path, None, visit=self._visit)
@@ -370,8 +372,8 @@ class _Reading:
         if event == "Checkpoint":
             if self.evidence.signed == place - 1:
                 self.evidence.vouched.update(self._unsigned)
-            self._is_signed = True
-        if self._is_signed:  # before that, the first note covers all
+            self.evidence.is_signed = True
+        if self.evidence.is_signed:  # before that, the first note covers all
             self._unsigned.clear()
 
     def _begin(self, fields: Mapping[str, Any], place: int, offset: int) -> None:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import re
 import tempfile
@@ -26,6 +25,7 @@ from typing import IO, Any
 import orjson
 
 from structlog_audit._version import __version__
+from structlog_audit.act import user
 from structlog_audit.activity import ActivityReport
 from structlog_audit.business import Calendar
 from structlog_audit.exceptions import AuditConfigurationError
@@ -127,7 +127,7 @@ def export(
     to = [_recipient(text) for text in recipients]
     about: dict[str, object] = {
         "prefix": prefix, "from": first.isoformat(), "to": last.isoformat(),
-        "zone": str(calendar.zone), "company": company, "by": getpass.getuser(),
+        "zone": str(calendar.zone), "company": company, "by": user(),
     }  # fmt: skip
     begin, end = map(_stamp, calendar.span(first, last))
     with _explained(name), _unnamed(name) as plain:

@@ -1,7 +1,7 @@
 """Keeping: holds, tombstones, archives and compression of a directory's sessions.
 
 1. One of these works on a directory at a time, under a lock that writers of entries do not need.
-2. What is done is an entry in the same directory, before anything is done.
+2. What is done is an entry of the log itself, before anything is done (`act.py`).
 3. A file goes when its copy, if there is to be one, is durable and equal, and its tombstone is
    durable in the journal, and signed if that is. A crash before that leaves the file: the next run
    begins anew with it.
@@ -18,10 +18,10 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from structlog_audit import copies
+from structlog_audit.act import Recorder, user
 from structlog_audit.copies import CopyDiffers
 from structlog_audit.entry import timestamp
 from structlog_audit.exceptions import AuditConfigurationError, from_oserror
-from structlog_audit.handler import AuditHandler
 from structlog_audit.holds import Hold, To
 from structlog_audit.journal import Event, Journal
 from structlog_audit.note import VerifierKey
@@ -30,7 +30,6 @@ from structlog_audit.session import new_session_id
 from structlog_audit.settings import Settings
 from structlog_audit.sinks import _durable
 from structlog_audit.sinks._lock import try_lock, unlock
-from structlog_audit.sinks.file import FileSink
 from structlog_audit.spool import Directory
 from structlog_audit.survey import Plan, Survey, identity
 from structlog_audit.values import well_formed
@@ -86,26 +85,14 @@ class Keeping:
         keys: Sequence[VerifierKey] = (),
     ) -> None:
         self._settings = settings
-        self.signer = settings.signer()
-        sink = self._sink(directory, settings.prefix if prefix is None else prefix)
-        self.directory, self.prefix = sink.directory, sink.prefix
-        own = [] if self.signer is None else [key.verifier for key in self.signer.keys]
-        named = {(key.name, key.public) for key in keys}  # they may know until when one is good
-        self._keys = (*keys, *(key for key in own if (key.name, key.public) not in named))
+        self._recorder = Recorder(directory, settings, prefix=prefix, keys=keys)
+        self.directory, self.prefix = self._recorder.directory, self._recorder.prefix
         self.by = user()
         self.outcome = Outcome()
 
-    def _sink(self, directory: str, prefix: str) -> FileSink:
-        return FileSink(
-            directory,
-            prefix,
-            allow_unsafe_directory=self._settings.allow_unsafe_dir,
-            signer=self.signer,
-        )
-
     def survey(self) -> Survey:
         """Look at the directory, and change nothing."""
-        return Survey(self.directory, self.prefix, self._keys)
+        return Survey(self.directory, self.prefix, self._recorder.keys)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[Directory]:
@@ -114,15 +101,13 @@ class Keeping:
         Raises:
             AuditConfigurationError: somebody else has it, or it is not ours.
         """
-        if not os.path.isdir(self.directory):
-            raise AuditConfigurationError(f"there is no directory {self.directory}")
+        self._recorder.check_place()
         try:
             place = Directory(self.directory, follow=self._settings.allow_unsafe_dir)
         except OSError as error:
             raise from_oserror(f"cannot open {self.directory}", error) from error
         lock = -1
         try:
-            self._check_owner(place)
             lock = _take_lock(place)
             copies.remove_parts(place)
             yield place
@@ -135,45 +120,8 @@ class Keeping:
             _durable.close(lock)
             place.close()
 
-    def _check_owner(self, place: Directory) -> None:
-        """What we write there must be readable for those who write there, and whoever reads it."""
-        owner = os.stat(self.directory).st_uid
-        if os.name == "posix" and owner != os.geteuid():
-            raise AuditConfigurationError(
-                f"{self.directory} belongs to user {owner}, and we are user {os.geteuid()}",
-                hint=f"run it as that user: sudo -u '#{owner}' structlog-audit …",
-            )
-        mode = os.stat(self.directory).st_mode
-        if _durable.is_world_writable(mode) and not self._settings.allow_unsafe_dir:
-            raise AuditConfigurationError(
-                f"the directory {self.directory} can be written to by anybody",
-                hint="chmod o-w, or AUDIT_LOG_ALLOW_UNSAFE_DIR=1 accepts it",
-            )
-
-    def check_signer(self, survey: Survey) -> None:
-        """Make sure that what we write can be signed where that is expected.
-
-        Raises:
-            AuditConfigurationError: the journal is signed, and we have no key.
-        """
-        if self.signer is None and survey.is_signed:
-            raise AuditConfigurationError(
-                f"the journal {survey.journal} is signed, and no key is configured",
-                hint="set AUDIT_LOG_SIGNING_KEY_FILE: a tombstone or a hold that is not signed "
-                "could be anybody's",
-            )
-
-    def record(self, action: str, data: dict[str, Any]) -> None:
-        """Record what is about to be done, in a session of its own.
-
-        Raises:
-            AuditError: it is not recorded.
-        """
-        handler = AuditHandler(self._sink(self.directory, self.prefix), app=self._settings.app)
-        try:
-            handler.record({"action": action, "data": {"by": self.by, **data}})
-        finally:
-            handler.close()
+    def _record(self, action: str, data: dict[str, Any]) -> None:
+        self._recorder.record({"action": action, "data": {"by": self.by, **data}})
 
     def enter(self, events: Sequence[Event]) -> None:
         """Enter lines in the journal, signed if there is a key.
@@ -182,7 +130,7 @@ class Keeping:
             SinkError: they are not durable.
         """
         journal = Journal(self.directory, self.prefix, follow=self._settings.allow_unsafe_dir)
-        signer = self.signer
+        signer = self._recorder.signer
         if signer is None:
             journal.append(*events)
         else:
@@ -205,12 +153,12 @@ class Keeping:
         """
         with self.at_work() as place:
             survey = self.survey()
-            self.check_signer(survey)
+            self._recorder.check_signer(survey.evidence)
             plan = survey.plan(cutoff_of(keep))
             if not plan.goes:
                 return plan
             with self._archive(archive) as target:
-                self.record(RETAIN_ACTION, {
+                self._record(RETAIN_ACTION, {
                     "policy": policy, "sessions": len(plan.goes), "stays": len(plan.stays),
                     "bytes": sum(session.size for session in plan.goes),
                     **({} if target is None else {"archive": target.path}),
@@ -322,8 +270,8 @@ class Keeping:
         }
         told = {"id": new_session_id()[:8], "reason": well_formed(reason), **period}
         with self.at_work():
-            self.check_signer(self.survey())
-            self.record(HOLD_ACTION, told)
+            self._recorder.check_signer(self.survey().evidence)
+            self._record(HOLD_ACTION, told)
             self.enter([{"event": "Hold", **told, "by": self.by}])
         return self.survey().evidence.holds[told["id"]]
 
@@ -343,9 +291,9 @@ class Keeping:
                 raise AuditConfigurationError(
                     f"there is no hold {name!r} in force", hint="structlog-audit hold list"
                 )
-            self.check_signer(survey)
+            self._recorder.check_signer(survey.evidence)
             told = {"id": name, "reason": well_formed(reason)}
-            self.record(RELEASE_ACTION, told)
+            self._record(RELEASE_ACTION, told)
             self.enter([{"event": "Release", **told, "by": self.by}])
         return self.survey().evidence.holds[name]
 
@@ -412,17 +360,3 @@ def cutoff_of(age: timedelta) -> datetime:
         return datetime.now(timezone.utc) - age
     except OverflowError:
         return datetime.min.replace(tzinfo=timezone.utc)
-
-
-def user() -> str:
-    """Return the name of the user whom the system takes us for, whatever the environment says."""
-    if os.name != "posix":
-        import getpass
-
-        return well_formed(getpass.getuser())
-    import pwd
-
-    try:
-        return well_formed(pwd.getpwuid(os.geteuid()).pw_name)
-    except KeyError:
-        return f"user {os.geteuid()}"

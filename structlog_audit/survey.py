@@ -59,11 +59,6 @@ class Survey:
         self.journal = os.path.join(directory, journal_name(prefix))
         self.evidence = self._read()
 
-    @property
-    def is_signed(self) -> bool:
-        """Whether somebody signs the journal, with whatever key."""
-        return self.evidence.checkpoints + self.evidence.others > 0
-
     def holds(self) -> list[Hold]:
         """Return all holds, as they stand."""
         return self.evidence.standing_holds(keyed=bool(self._keys))
