@@ -119,7 +119,7 @@ def _emit(made: ActivityReport, form: str, output: str | None) -> None:
         return
     text = _FORMATS[form](made)
     if output is not None:
-        write_new(output, text.encode())
+        write_new(output, [text.encode()])
         return
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode())

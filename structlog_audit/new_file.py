@@ -6,11 +6,14 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Callable, Iterable
 
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.sinks import _durable
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
+_KEPT = 60
+"""Characters of a name that its part keeps: of four bytes each, they and the rest fit into 255."""
 
 
 def check_new(path: str) -> None:
@@ -23,24 +26,33 @@ def check_new(path: str) -> None:
         raise _exists(path)
 
 
-def write_new(path: str, data: bytes) -> None:
+def write_new(
+    path: str, parts: Iterable[bytes], *, before: Callable[[], object] | None = None
+) -> None:
     """Write a new file, for its owner alone; it is durable on return.
 
     It is written beside its place and gets its name when it is whole: a crash leaves no part of it
     under that name, at worst a file `.NAME.….part`.
 
+    Args:
+        path: its name; nothing may be there yet.
+        parts: its content, one behind the other.
+        before: called when the content is durable, before it has its name; if that raises, there
+            is no file.
+
     Raises:
         AuditConfigurationError: there is a file already, or it cannot be written.
     """
     directory, name = os.path.split(os.path.abspath(path))
-    part = f".{name[:100]}.{secrets.token_hex(4)}.part"
+    part = f".{name[:_KEPT]}.{secrets.token_hex(4)}.part"
     try:
         base = _durable.open_directory(directory)
         try:
-            _write(directory, base, part, data)
+            _write(directory, base, part, parts)
             try:
-                _give_name(directory, part, name)
-                _durable.sync_directory(base)
+                if before is not None:
+                    before()
+                _give_name(directory, base, part, name)
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     _durable.remove(directory, base, part)
@@ -51,15 +63,16 @@ def write_new(path: str, data: bytes) -> None:
     except OSError as error:
         raise AuditConfigurationError(
             f"{path} cannot be written: {error.strerror or type(error).__name__}",
-            hint="name a file in a directory that exists and that you may write to",
+            hint="nothing of it is left there; name a file in a directory that exists and that you "
+            "may write to, on a disk with enough space",
         ) from None
 
 
-def _write(directory: str, base: int, name: str, data: bytes) -> None:
+def _write(directory: str, base: int, name: str, parts: Iterable[bytes]) -> None:
     descriptor = _durable.create(directory, base, name)
     try:
-        while data:
-            data = data[_durable.append(descriptor, data) :]
+        for data in parts:
+            _durable.write_all(descriptor, data)
         _durable.sync_new_file(descriptor, base)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -69,8 +82,8 @@ def _write(directory: str, base: int, name: str, data: bytes) -> None:
         _durable.close(descriptor)
 
 
-def _give_name(directory: str, part: str, name: str) -> None:
-    """Give a file its name; a link, unlike a renaming, never replaces what is there."""
+def _give_name(directory: str, base: int, part: str, name: str) -> None:
+    """Give a file its name, durably; a link, unlike a renaming, never replaces what is there."""
     source, target = os.path.join(directory, part), os.path.join(directory, name)
     try:
         os.link(source, target)
@@ -80,9 +93,15 @@ def _give_name(directory: str, part: str, name: str) -> None:
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
         os.rename(source, target)
+    try:
+        _durable.sync_directory(base)
+    except OSError:
+        with contextlib.suppress(OSError):
+            _durable.remove(directory, base, name)  # nobody knows whether a crash leaves it
+        raise
 
 
 def _exists(path: str) -> AuditConfigurationError:
     return AuditConfigurationError(
-        f"{path} exists already", hint="reports are never overwritten: give another name"
+        f"{path} exists already", hint="nothing is overwritten: give another name"
     )

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ import sys
 from structlog_audit.exceptions import AuditError
 from structlog_audit.new_file import write_new
 try:
-    write_new(sys.argv[1], b"whole\\n" * 1000)
+    write_new(sys.argv[1], [b"whole\\n" * 500] * 2)
 except AuditError as error:
     sys.exit(error.reason)
 """
@@ -44,19 +45,52 @@ def test_what_is_there_is_never_replaced(tmp_path: Path, there: str) -> None:
     target.write_text("kept") if there == "a file" else target.symlink_to("nowhere")
 
     with pytest.raises(AuditConfigurationError, match="exists already"):
-        write_new(str(target), DATA)
+        write_new(str(target), [DATA])
 
     assert os.listdir(tmp_path) == ["report"]
     assert target.is_symlink() or target.read_text() == "kept"
 
 
-def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
-    """The name beside it is not longer."""
-    target = tmp_path / ("r" * 255)
+@pytest.mark.parametrize("name", ["r" * 255, "€" * 85], ids=["of letters", "of three bytes each"])
+def test_a_name_as_long_as_names_may_be(name: str, tmp_path: Path) -> None:
+    """The name beside it is not longer, in bytes."""
+    target = tmp_path / name
 
-    write_new(str(target), DATA)
+    write_new(str(target), [DATA])
 
     assert target.read_bytes() == DATA
+
+
+def test_what_has_to_happen_before_happens_when_all_is_written(tmp_path: Path) -> None:
+    """The content is there, under another name; afterwards it has its own."""
+    target, seen = tmp_path / "report", []
+
+    def before() -> None:
+        (part,) = tmp_path.iterdir()
+        seen.append((part.name != "report", part.read_bytes()))
+
+    write_new(str(target), (part for part in (b"a", b"", b"b")), before=before)
+
+    assert seen == [(True, b"ab")]
+    assert os.listdir(tmp_path) == ["report"]
+
+
+@pytest.mark.parametrize("which", ["the content", "what has to happen before"])
+def test_an_error_of_the_caller_leaves_nothing(which: str, tmp_path: Path) -> None:
+    """It comes out as it was raised."""
+
+    def parts() -> Iterator[bytes]:
+        yield b"whole"
+        if which == "the content":
+            raise LookupError
+
+    def before() -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        write_new(str(tmp_path / "report"), parts(), before=before)
+
+    assert os.listdir(tmp_path) == []
 
 
 @needs_strace
@@ -84,10 +118,17 @@ def test_a_kill_at_any_call_leaves_no_half_file(tmp_path: Path) -> None:
 
 @needs_strace
 @pytest.mark.fault
-@pytest.mark.parametrize(("call", "error"), [("write", "ENOSPC"), ("fsync", "EIO")])
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("write", "ENOSPC"), ("fsync", "EIO"), ("fsync:when=2", "EIO"), ("fsync:when=3", "EIO")],
+)
 def test_a_disk_that_fails_leaves_nothing(tmp_path: Path, call: str, error: str) -> None:
-    """The error says so, and no file is left, whole or half."""
-    done = write_under(tmp_path / "report", "-e", f"inject={call}:error={error}", "-o", os.devnull)
+    """The error says so, and no file is left, whole or half; the third sync is of its name."""
+    name, _, when = call.partition(":")
+    done = write_under(
+        tmp_path / "report", "-e", f"inject={name}:error={error}:{when}".rstrip(":"),
+        "-o", os.devnull,
+    )  # fmt: skip
 
     assert done.returncode == 1
     assert os.listdir(tmp_path) == []

@@ -330,7 +330,7 @@ def test_a_report_is_never_written_over_a_file(audit: Path, tmp_path: Path) -> N
 
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {target} exists already\nhint: reports are never overwritten: give another name\n"
+        f"error: {target} exists already\nhint: nothing is overwritten: give another name\n"
     )
     assert target.read_text() == "kept"
     assert os.listdir(tmp_path) == ["report.html"]
