@@ -4,8 +4,9 @@
    by line, how each one follows from the head of its session; `heads.ndjson` the signed heads, and
    how they follow from `checkpoint.note`. `manifest.json` has the SHA-256 of each of them.
 2. It can be verified without the log it comes from, with the public key alone (`handover.py`).
-3. It is an entry of the log itself, recorded before the archive has its name. Without that entry
-   there is no archive, and there is never half a one.
+3. It is an entry of the log itself, recorded when the archive is durable and before it has its
+   name. Without that entry there is no archive, and there is never half a one. A crash between the
+   two leaves an entry of an export that nobody has.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.listing import Bounds, find_files, may_be_in
 from structlog_audit.merkle import Tree, leaf_hash
 from structlog_audit.names import journal_name
+from structlog_audit.new_file import check_new, write_new
 from structlog_audit.note import VerifierKey
 from structlog_audit.reader import Entry
+from structlog_audit.report import Report
 from structlog_audit.report_page import page
 from structlog_audit.selection import select
-from structlog_audit.sinks import _durable
 from structlog_audit.source import Lines, Source, Unreadable
 from structlog_audit.summary import Summary
 from structlog_audit.verify import verify
@@ -108,7 +110,7 @@ def export(
         output: the archive; it must not be there yet.
         first: the first day.
         last: the last day, included.
-        record: records the entry that tells of the export.
+        record: records the entry that tells of the export (`act.Recorder`).
         calendar: which days are business days; Monday to Friday in UTC if None.
         limit: how many business days there may be; None for any number.
         company: leave out what belongs to others; None takes all.
@@ -132,28 +134,39 @@ def export(
     begin, end = map(_stamp, calendar.span(first, last))
     with _explained(name), _unnamed(name) as plain:
         report = verify(where, keys=keys)
-        with zipfile.ZipFile(plain, "w", zipfile.ZIP_DEFLATED) as archive:
-            members = _Members(archive)
-            selection = _Selection(where, prefix, begin, end, company)
-            counts = selection.write(members)
-            members.add("verification.json", orjson.dumps(report.as_dict()))
-            asked = {name: str(about[name]) for name in ("from", "to", "zone", "company")}
-            made = ActivityReport(selection.summary, [os.path.basename(where)],
-                                  datetime.now(timezone.utc), asked, report.verdict)  # fmt: skip
-            members.add("report.html", page(made).encode())
-            members.add("keys.pub", "".join(f"{key}\n" for key in keys).encode())
-            members.add("README.txt", _README.encode())
-            manifest = {
-                "format": FORMAT, "library": f"structlog-audit {__version__}",
-                "made": _stamp(datetime.now(timezone.utc)), **about, **counts,
-                "verdict": report.verdict, "files": members.hashes,
-            }  # fmt: skip
-            archive.writestr("manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        selection = _Selection(where, prefix, begin, end, company)
+        counts = _pack(plain, selection, about, report, keys)
         with _encrypted(plain, to, name) as ready:
             digest = _digest(ready)
             told = {**about, **counts, "sha256": digest, "recipients": list(recipients)}
-            _publish(ready, name, lambda: record({"action": ACTION, "data": told}))
+            act = {"action": ACTION, "data": told}
+            write_new(name, _parts(ready), before=lambda: record(act))
     return Exported(name, counts["entries"], counts["proven"], digest, report.verdict)
+
+
+def _pack(
+    file: IO[bytes],
+    selection: _Selection,
+    about: Mapping[str, object],
+    report: Report,
+    keys: Sequence[VerifierKey],
+) -> dict[str, int]:
+    """Write the archive; return how many entries, proofs and sessions are in it."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        members = _Members(archive)
+        counts, now = selection.write(members), datetime.now(timezone.utc)
+        members.add("verification.json", orjson.dumps(report.as_dict()))
+        asked = {name: str(about[name]) for name in ("from", "to", "zone", "company")}
+        made = ActivityReport(selection.summary, [selection.name], now, asked, report.verdict)
+        members.add("report.html", page(made).encode())
+        members.add("keys.pub", "".join(f"{key}\n" for key in keys).encode())
+        members.add("README.txt", _README.encode())
+        manifest = {
+            "format": FORMAT, "library": f"structlog-audit {__version__}", "made": _stamp(now),
+            **about, **counts, "verdict": report.verdict, "files": members.hashes,
+        }  # fmt: skip
+        archive.writestr("manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+    return counts
 
 
 class _Members:
@@ -184,6 +197,7 @@ class _Selection:
         self, directory: str, prefix: str, begin: str, end: str, company: str | None
     ) -> None:
         self._directory = directory
+        self.name = os.path.basename(directory)
         self._prefix = prefix
         self._begin, self._end = begin, end
         self._company = company
@@ -196,8 +210,7 @@ class _Selection:
         """Write entries, proofs, heads and checkpoint; return how many there are."""
         with tempfile.TemporaryFile() as proofs:
             members.add_all("entries.ndjson", self._lines(proofs))
-            proofs.seek(0)
-            members.add_all("proofs.ndjson", iter(lambda: proofs.read(CHUNK), b""))
+            members.add_all("proofs.ndjson", _parts(proofs))
         members.add_all("heads.ndjson", self._heads())
         members.add("checkpoint.note", (self._journal.note or "").encode())
         return {"entries": self._entries, "proven": self._proven, "sessions": len(self._used)}
@@ -306,10 +319,7 @@ def _check_paths(directory: str, output: str, prefix: str) -> None:
             f"there is no log with the prefix {prefix!r} in {directory}",
             hint=f"it would have a journal there, {journal_name(prefix)}",
         )
-    if os.path.lexists(output):
-        raise AuditConfigurationError(
-            f"{output} is there already", hint="name another file; nothing is overwritten"
-        )
+    check_new(output)
     if not os.path.isdir(os.path.dirname(output)):
         raise AuditConfigurationError(f"there is no directory {os.path.dirname(output)}")
 
@@ -335,7 +345,7 @@ def _explained(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise AuditConfigurationError(
-            f"cannot write {path}: {error.strerror or type(error).__name__}",
+            f"{path} cannot be written: {error.strerror or type(error).__name__}",
             hint="nothing of it is left there; free some space, or name another place",
         ) from error
 
@@ -376,43 +386,16 @@ def _encrypted(plain: IO[bytes], recipients: Sequence[Any], output: str) -> Iter
         yield ready
 
 
-def _digest(file: IO[bytes]) -> str:
+def _parts(file: IO[bytes]) -> Iterator[bytes]:
     file.seek(0)
+    yield from iter(lambda: file.read(CHUNK), b"")
+
+
+def _digest(file: IO[bytes]) -> str:
     digest = sha256()
-    for part in iter(lambda: file.read(CHUNK), b""):
+    for part in _parts(file):
         digest.update(part)
     return digest.hexdigest()
-
-
-def _publish(ready: IO[bytes], output: str, record: Callable[[], object]) -> None:
-    """Give the archive its name, when it is durable and the log says so.
-
-    A crash before leaves a file that ends in `.part`, or nothing; one between the entry and the
-    name leaves an entry of an export that nobody has.
-    """
-    directory, name = os.path.split(output)
-    part = f"{name}.{os.getpid()}.part"
-    base = _durable.open_directory(directory)
-    try:
-        descriptor = _durable.create(directory, base, part)
-        try:
-            ready.seek(0)
-            for data in iter(lambda: ready.read(CHUNK), b""):
-                _append_all(descriptor, data)
-            _durable.sync(descriptor)
-            record()
-            os.link(os.path.join(directory, part), output)  # fails if somebody was faster
-        finally:
-            _durable.close(descriptor)
-            _durable.remove(directory, base, part)
-        _durable.sync_directory(base)
-    finally:
-        _durable.close(base)
-
-
-def _append_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[_durable.append(descriptor, data) :]
 
 
 _README = """\
