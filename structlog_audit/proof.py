@@ -16,7 +16,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -159,17 +159,11 @@ def verify_proof(proof: Mapping[str, Any], keys: Sequence[VerifierKey]) -> Prove
             raise ProofError(f"this is no proof of the format {FORMAT}")
         receipt = read_receipt(orjson.dumps(proof["receipt"]))
         line, head_line = proof["entry"].encode(), proof["head"].encode()
-        head = orjson.loads(head_line)
         text, signed_by = open_note(proof["checkpoint"], tuple(keys))
         checkpoint = Checkpoint.parse(text)
         entry_proof = _hashes(proof["entryProof"])
         head_proof = _hashes(proof["headProof"])
-        size, number, root = int(head["sequence"]), int(head["number"]), b64decode(head["root"])
-        time = str(head["time"])
-        when = datetime.fromisoformat(time.replace("Z", "+00:00"))
-        if when.tzinfo is None or head["event"] not in ("Head", "Close", "Break"):
-            raise ValueError(time)
-        named = identity(line)
+        named, head = identity(line), _read_head(head_line)
     except NoteError as error:
         raise ProofError(f"its checkpoint does not hold: {error}", contradicts=True) from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -177,24 +171,61 @@ def verify_proof(proof: Mapping[str, Any], keys: Sequence[VerifierKey]) -> Prove
     for holds, what in (
         (line_hash(line) == receipt.hash, "the entry is not that of the receipt"),
         (named == (receipt.session, receipt.sequence), "the entry has another place in the log"),
-        (head.get("session") == receipt.session, "the head is that of another session"),
+        (head.session == receipt.session, "the head is that of another session"),
         (
-            verify_inclusion(leaf_hash(line), receipt.sequence - 1, size, entry_proof, root),
+            verify_inclusion(
+                leaf_hash(line), receipt.sequence - 1, head.sequence, entry_proof, head.root
+            ),
             "the entry is not in the session whose head was signed",
         ),
         (
             verify_inclusion(
-                leaf_hash(head_line), number - 1, checkpoint.size, head_proof, checkpoint.root
+                leaf_hash(head_line), head.number - 1, checkpoint.size, head_proof, checkpoint.root
             ),
             "the head is not in the journal that was signed",
         ),
     ):
         if not holds:
             raise ProofError(f"the proof does not hold: {what}", contradicts=True)
-    if not any(key.valid_at(when) for key in signed_by):
-        raise ProofError(f"the key was not valid at {time}", contradicts=True)
+    if not any(key.valid_at(head.when) for key in signed_by):
+        raise ProofError(f"the key was not valid at {head.time}", contradicts=True)
     return Proven(line, receipt.session, receipt.sequence, checkpoint.origin,
-                  tuple(map(str, signed_by)), time)  # fmt: skip
+                  tuple(map(str, signed_by)), head.time)  # fmt: skip
+
+
+class _Head(NamedTuple):
+    """A line of the journal with the head of a session.
+
+    Attributes:
+        session: identity of the session.
+        sequence: how many lines of it the head covers.
+        root: of the tree over these.
+        number: of the line in the journal.
+        time: of the line, as it stands there.
+        when: the same.
+    """
+
+    session: object
+    sequence: int
+    root: bytes
+    number: int
+    time: str
+    when: datetime
+
+
+def _read_head(line: bytes) -> _Head:
+    """Read the head of a session.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
+    fields = orjson.loads(line)
+    time = str(fields["time"])
+    when = datetime.fromisoformat(time.replace("Z", "+00:00"))
+    if when.tzinfo is None or fields["event"] not in ("Head", "Close", "Break"):
+        raise ValueError(time)
+    return _Head(fields.get("session"), int(fields["sequence"]), b64decode(fields["root"]),
+                 int(fields["number"]), time, when)  # fmt: skip
 
 
 def _find(directory: str, session: str) -> tuple[str, str]:
