@@ -25,7 +25,9 @@ from structlog_audit.sinks.file import FileSink
 from structlog_audit.values import well_formed
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_OF_A_COPY = "do it where the log is written; search, show, report and verify only read a copy"
+_OF_A_COPY = (
+    "if this is a copy, do it where the log is written: search, show, report and verify only read"
+)
 
 
 class Recorder:
@@ -107,8 +109,8 @@ class Recorder:
         if os.name == "posix" and owner != os.geteuid():
             raise AuditConfigurationError(
                 f"{path} belongs to user {owner}, and we are user {os.geteuid()}",
-                hint=f"run it as that user, who must be able to read what is written there: "
-                f"sudo -u '#{owner}' structlog-audit …; {_OF_A_COPY}",
+                hint="run it as that user, who must be able to read what is written there "
+                f"(sudo -u '#{owner}' structlog-audit …); {_OF_A_COPY}",
             )
         if _durable.is_world_writable(mode) and not self._settings.allow_unsafe_dir:
             raise AuditConfigurationError(

@@ -25,7 +25,7 @@ root = pytest.mark.skipif(
 )
 TODAY = str(datetime.now(timezone.utc).date())
 SOMEBODY = 65_534
-READERS = "search, show, report and verify only read a copy"
+READERS = "if this is a copy, do it where the log is written: search, show, report and verify"
 
 
 class Act:
