@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from structlog_audit.anchors import Anchor
 from structlog_audit.directory import SessionFile
-from structlog_audit.evidence import Anchor, Evidence, Facts, is_at
+from structlog_audit.evidence import Evidence, is_at
+from structlog_audit.facts import Facts
 from structlog_audit.note import VerifierKey
 from structlog_audit.report import Finding, Mark, Pruned, Report, Window, gravest, in_order
 from structlog_audit.scan import Scan, Task

@@ -1,13 +1,15 @@
-"""Notes that were kept elsewhere: found in files of any shape that people keep them in."""
+"""Anchors: notes that were kept elsewhere, in files of any shape that people keep them in."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from structlog_audit.exceptions import AuditConfigurationError
+from structlog_audit.note import Checkpoint, UnknownKeys, VerifierKey, open_note
 from structlog_audit.source import Lines, Source, Unreadable
 
 _NOTE = re.compile(r"(?:[^\n]+\n){3,}\n(?:— [^\n]+\n?)+")
@@ -19,6 +21,17 @@ _TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _SIGNATURE = "— ".encode()
 MOST_LINES = 200
 """Of a note: 100 signatures, and what they sign."""
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A checkpoint that was kept elsewhere, whose signature was verified.
+
+    Attributes:
+        checkpoint: what it demands.
+    """
+
+    checkpoint: Checkpoint
 
 
 def notes_in(path: str) -> list[str]:
@@ -38,6 +51,30 @@ def notes_in(path: str) -> list[str]:
             "of JSON with notes in them",
         )  # fmt: skip
     return notes
+
+
+def read_anchors(notes: Iterable[str], keys: Sequence[VerifierKey]) -> tuple[list[Anchor], int]:
+    """Verify notes that were kept elsewhere.
+
+    Args:
+        notes: text and signatures of each.
+        keys: the known ones.
+
+    Returns:
+        The anchors, and how many notes were signed by none of the keys.
+
+    Raises:
+        NoteError: a note is none, or its signature by one of the keys is wrong.
+    """
+    anchors: dict[Anchor, None] = {}
+    others = 0
+    for note in notes:
+        try:
+            text, _ = open_note(note, keys)
+            anchors[Anchor(Checkpoint.parse(text))] = None
+        except UnknownKeys:
+            others += 1
+    return list(anchors), others
 
 
 def _files(path: str) -> Iterator[str]:

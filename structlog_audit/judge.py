@@ -6,7 +6,7 @@ import os
 
 from structlog_audit._version import FORMAT
 from structlog_audit.account import Account, Case
-from structlog_audit.evidence import Facts
+from structlog_audit.facts import Facts
 from structlog_audit.report import Finding, Kind, Verdict, Window
 from structlog_audit.scan import Part, Scan
 

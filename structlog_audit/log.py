@@ -9,7 +9,8 @@ from datetime import datetime, timedelta
 
 from structlog_audit.account import Account, Case
 from structlog_audit.directory import Listing, SessionFile, find, find_renamed, look
-from structlog_audit.evidence import Evidence, Facts, read_journal, tail_is_at
+from structlog_audit.evidence import Evidence, read_journal, tail_is_at
+from structlog_audit.facts import Facts
 from structlog_audit.names import journal_name
 from structlog_audit.report import Finding
 from structlog_audit.scan import Task, scan

@@ -10,8 +10,9 @@ from datetime import datetime, timezone
 
 from structlog_audit.chain import line_hash
 from structlog_audit.cursor import STATE
-from structlog_audit.evidence import Evidence, Facts, read_journal
+from structlog_audit.evidence import Evidence, read_journal
 from structlog_audit.exceptions import AuditConfigurationError
+from structlog_audit.facts import Facts
 from structlog_audit.holds import Hold, parse_time
 from structlog_audit.names import COPIES, journal_name, session_names
 from structlog_audit.note import VerifierKey

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Union
 
 from structlog_audit.account import Account, Case
+from structlog_audit.anchors import Anchor, read_anchors
 from structlog_audit.directory import (
     SessionFile,
     find,
@@ -23,7 +24,7 @@ from structlog_audit.directory import (
     look,
     session_file,
 )
-from structlog_audit.evidence import Anchor, Evidence, read_anchors, read_journal
+from structlog_audit.evidence import Evidence, read_journal
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.judge import judge
 from structlog_audit.log import Log
