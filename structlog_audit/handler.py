@@ -84,11 +84,7 @@ class AuditHandler(logging.Handler):
         low_space: float = DEFAULT_LOW_SPACE,
         on_failure: OnFailure | None = None,
     ) -> None:
-        if not all(callable(getattr(sink, verb, None)) for verb in ("open", "write", "close")):
-            raise AuditConfigurationError(
-                f"a sink has open, write and close; {type(sink).__name__} has not",
-                hint='for a directory: AuditHandler(FileSink("./audit"))',
-            )
+        _check_sink(sink)
         _check_number("timeout", timeout, "seconds", most=threading.TIMEOUT_MAX)
         if max_bytes is not None:
             _check_number("max_bytes", max_bytes, "bytes")
@@ -521,6 +517,14 @@ def _lost_outcomes(lost: int, sink: Sink, why: str) -> AuditWriteError:
         persisted="unknown",
         sink=repr(sink),
     )
+
+
+def _check_sink(sink: object) -> None:
+    if not all(callable(getattr(sink, verb, None)) for verb in ("open", "write", "close")):
+        raise AuditConfigurationError(
+            f"a sink has open, write and close; {type(sink).__name__} has not",
+            hint='for a directory: AuditHandler(FileSink("./audit"))',
+        )
 
 
 def _check_number(name: str, number: object, unit: str, most: float = math.inf) -> None:

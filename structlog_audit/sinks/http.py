@@ -112,22 +112,8 @@ class HttpSink:
         self.url = checked_url(url, allow_insecure=allow_insecure)
         if health is not None:
             checked_url(health, allow_insecure=allow_insecure)
-        if not isinstance(format, str) or format not in CONTENT_TYPES:
-            raise AuditConfigurationError(
-                f"a format is one of {', '.join(CONTENT_TYPES)}, not {format!r}"
-            )
-        if not isinstance(timeout, (int, float)) or not 0 < timeout <= 86_400:
-            raise AuditConfigurationError("timeout must be a number of seconds above zero")
-        if not isinstance(confirm, Collection) or not all(type(code) is int for code in confirm):
-            raise AuditConfigurationError("confirm is a list of status codes, such as [200]")
-        if not confirm:
-            raise AuditConfigurationError("confirm is empty: nothing would ever be confirmed")
-        if accept is not None and not callable(accept):
-            raise AuditConfigurationError("accept must be callable: it is given the answer's body")
-        for name, most in (("max_event_bytes", max_event_bytes),
-                           ("max_payload_bytes", max_payload_bytes)):  # fmt: skip
-            if type(most) is not int or most < 1:
-                raise AuditConfigurationError(f"{name} must be a number of bytes above zero")
+        _check_request(format, timeout, max_event_bytes, max_payload_bytes)
+        _check_confirmation(confirm, accept)
         self.format: Format = format
         self.allow_insecure = allow_insecure
         self.timeout = timeout
@@ -391,6 +377,31 @@ class HttpSink:
         if refused is None:  # what was in doubt on the way is confirmed
             attempt.doubt = before
         return refused
+
+
+def _check_request(
+    format: object, timeout: object, event_bytes: object, payload_bytes: object
+) -> None:
+    """Refuse what no request could be made with."""
+    if not isinstance(format, str) or format not in CONTENT_TYPES:
+        raise AuditConfigurationError(
+            f"a format is one of {', '.join(CONTENT_TYPES)}, not {format!r}"
+        )
+    if not isinstance(timeout, (int, float)) or not 0 < timeout <= 86_400:
+        raise AuditConfigurationError("timeout must be a number of seconds above zero")
+    for name, most in (("max_event_bytes", event_bytes), ("max_payload_bytes", payload_bytes)):
+        if type(most) is not int or most < 1:
+            raise AuditConfigurationError(f"{name} must be a number of bytes above zero")
+
+
+def _check_confirmation(confirm: object, accept: object) -> None:
+    """Refuse what no answer could be judged by."""
+    if not isinstance(confirm, Collection) or not all(type(code) is int for code in confirm):
+        raise AuditConfigurationError("confirm is a list of status codes, such as [200]")
+    if not confirm:
+        raise AuditConfigurationError("confirm is empty: nothing would ever be confirmed")
+    if accept is not None and not callable(accept):
+        raise AuditConfigurationError("accept must be callable: it is given the answer's body")
 
 
 _NO_LINE = "it is no line that an AuditHandler writes"
