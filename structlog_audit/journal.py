@@ -136,7 +136,9 @@ class Journal:
 
         def work(file: _File) -> None:
             self._catch_up(file, None)
-            self._write(file, self._numbered(events))
+            lines = self._numbered(events)
+            self._grow(lines)
+            self._write(file, lines)
 
         self._with_file(work)
 
@@ -156,13 +158,12 @@ class Journal:
             self._catch_up(file, restore)
             assert self._tree is not None
             lines = self._numbered(events)
-            tree = Frontier.restore(self._tree.size, self._tree.hashes)
-            for line in lines:
-                tree.append(leaf_hash(line))
+            self._grow(lines)
             first = file.first_line() or lines[0]
             last = (lines or [self._seen.line])[-1]
-            lines.append(_rendered(sign(tree, first), tree.size + 1, last))
-            self._write(file, lines)
+            signing = _rendered(sign(self._tree, first), self._tree.size + 1, last)
+            self._grow([signing])
+            self._write(file, [*lines, signing])
 
         self._with_file(work)
 
@@ -278,6 +279,12 @@ class Journal:
             lines.append(_rendered(event, number, (lines or [self._seen.line])[-1]))
         return lines
 
+    def _grow(self, lines: list[bytes]) -> None:
+        """Let the tree grow by lines that are about to be written; if they are not, it is gone."""
+        if self._tree is not None:
+            for line in lines:
+                self._tree.append(leaf_hash(line))
+
     def _write(self, file: _File, lines: list[bytes]) -> None:
         try:
             # whoever made it may have been killed before its name was durable
@@ -293,9 +300,6 @@ class Journal:
         self._lost = None
         self._synced = file.identity
         self._seen = self._seen.moved(lines)
-        if self._tree is not None:
-            for line in lines:
-                self._tree.append(leaf_hash(line))
 
 
 class _File:
