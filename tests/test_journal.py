@@ -489,7 +489,7 @@ def test_what_another_process_appends_is_no_meddling(
         for handler in (one, two):
             handler.record({"action": "A"})
             handler.reopen()
-            eventually(lambda handler=handler: handler.current is None)
+            eventually(lambda: events(audit_dir)[-1] == "Close")
 
     assert events(audit_dir) == ["Journal", *["Open", "Close"] * 6]
     assert not caplog.records
