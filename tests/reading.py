@@ -136,3 +136,15 @@ def told_of(directory: Path, session: str) -> list[Entry]:
         assert hashlib.sha256(lines[entry["sequence"] - 1]).hexdigest() == entry["hash"]
         assert entry["event"] != "Close" or len(lines) - 1 == entry["sequence"]
     return told
+
+
+def check_cut_short(report: Any, *more: str) -> None:
+    """Check that a report finds no more than what a killed process leaves unfinished.
+
+    Args:
+        report: what `verify` returned.
+        more: kinds of findings that are expected besides.
+    """
+    expected = {"empty", "not-entered", "unfinished", *more}
+    assert {finding.kind for finding in report.findings} <= expected, report.findings
+    assert report.verdict == ("incomplete" if report.findings else "valid")

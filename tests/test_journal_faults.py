@@ -174,7 +174,8 @@ def test_what_stands_in_the_place_of_the_journal_fails_the_call(
         assert caught.value.persisted == "no"
     assert session_files(audit_dir) == []
     elsewhere = path.with_name("elsewhere")
-    assert not elsewhere.exists() or not elsewhere.read_bytes()
+    assert elsewhere.exists() is (put is _a_link_to_a_file)
+    assert not elsewhere.exists() or elsewhere.read_bytes() == b""
 
     path.rmdir() if path.is_dir() else path.unlink()
     handler.record({"action": "B"})

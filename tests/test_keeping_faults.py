@@ -21,6 +21,7 @@ import pytest
 import zstandard
 from aging import record
 from faults.runner import needs
+from reading import check_cut_short
 from running import HANG
 from signing import make_key
 
@@ -117,7 +118,7 @@ class Ground:
             here = [path for path in whole if path.parent == self.directory]
             gone_well = name in pruned and (whole or not self.archive.exists())
             assert here or gone_well, f"{name} is lost"
-        assert report.verdict in ("valid", "incomplete"), report.findings
+        check_cut_short(report)
 
     def forms(self, name: str) -> list[Path]:
         zst = f"{name}.zst"

@@ -247,15 +247,15 @@ def test_the_commands_prove_and_verify(
 def test_wrong_use_of_the_commands_is_explained(tmp_path: Path) -> None:
     """No traceback for files that are missing, empty or something else."""
     (tmp_path / "x").write_bytes(b"\xff\xfe")
-    for arguments in (
-        ("prove", "nowhere", "."),
-        ("prove", "x", "."),
-        ("verify-proof", "x", "--key", "x"),
-        ("verify-proof", "nowhere", "--key", "x"),
-        ("verify-proof", "x"),
+    for expected, *arguments in (
+        (2, "prove", "nowhere", "."),
+        (1, "prove", "x", "."),
+        (3, "verify-proof", "x", "--key", "x"),
+        (3, "verify-proof", "nowhere", "--key", "x"),
+        (3, "verify-proof", "x"),
     ):
         status, shown, error = command(*arguments, cwd=tmp_path)
-        assert status in (1, 2, 3)
+        assert status == expected, arguments
         assert not shown
         assert "rror: " in error
         assert "Traceback" not in error

@@ -329,7 +329,7 @@ def test_a_process_that_ends_cleanly_ends_its_session(audit_dir: Path) -> None:
         AUDIT_LOG_DIR=str(audit_dir),
     )
 
-    assert ends(audit_dir) == ["exit"] or ends(audit_dir) == ["closed"]
+    assert ends(audit_dir) == ["closed"]
 
 
 def test_a_lost_handler_warns_and_ends_its_session(audit_dir: Path) -> None:

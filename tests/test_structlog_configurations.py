@@ -58,7 +58,7 @@ def test_an_ordinary_call_renders_what_it_rendered_before(
     assert alone
 
     assert rendered(configure, ours) == alone
-    assert not audit_dir.exists() or not list(audit_dir.iterdir())
+    assert list(audit_dir.iterdir()) == []
 
 
 def rendered(configure: Configuration, ours: list[Any]) -> str:

@@ -30,6 +30,7 @@ from forging import (
     signing_key,
     write_log,
 )
+from reading import check_cut_short
 from running import HANG, environment, run_well
 
 from structlog_audit import (
@@ -794,7 +795,4 @@ def test_processes_that_are_killed_leave_nothing_that_looks_tampered(
         process.kill()
         process.wait()
         if audit_dir.exists():
-            report = verify(audit_dir, keys=keys)
-            assert report.verdict in ("valid", "incomplete"), report.findings
-    found = {finding.kind for finding in verify(audit_dir, keys=keys).findings}
-    assert found <= {"unfinished", "not-entered", "empty", "torn", "unsigned"}
+            check_cut_short(verify(audit_dir, keys=keys), "torn", "unsigned")
