@@ -9,15 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults.runner import PACKAGE, needs
+from faults.runner import PACKAGE
 from faults.table import NAMED, fault_free, run_case
 
 pytestmark = pytest.mark.fault
-
-
-@pytest.fixture(autouse=True)
-def _strace() -> None:
-    needs("strace")
 
 
 def _patched(tmp_path: Path, file: str, *changes: tuple[str, str]) -> Path:

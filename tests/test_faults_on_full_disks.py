@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,34 +13,17 @@ from typing import Any
 
 import pytest
 from faults.checker import check_run, read_files
+from faults.disks import NOBODY, linux, mount, needs_root, small_disk
 from faults.runner import PATIENCE, Run, child, environment, needs, read_journal, run
 from faults.table import NAMED, prepare, run_case
 from reading import session_files
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of Linux")
-NOBODY = 65_534
 
-
-def _root() -> None:
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("mounts and changes of user need root on Linux")
-
-
-def _mount(*arguments: str) -> None:
-    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"this host lets nobody mount: {done.stderr.strip()}")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, with a directory for session files."""
-    _root()
-    place = tmp_path / "disk"
-    place.mkdir()
-    _mount("-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(place))
-    yield place / "audit"
-    subprocess.run(["umount", "-l", str(place)], check=True)
+@pytest.fixture(name="small_disk")
+def _small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, with a place for session files."""
+    with small_disk(tmp_path / "disk") as place:
+        yield place
 
 
 class Paused:
@@ -194,10 +176,10 @@ def test_one_descriptor_too_few_leaves_none_open(tmp_path: Path) -> None:
 
 def test_a_read_only_file_system_raises(tmp_path: Path) -> None:
     """The file system was remounted read-only; every call says so."""
-    _root()
+    needs_root()
     directory = tmp_path / "audit"
     directory.mkdir(mode=0o700)
-    _mount("--bind", str(directory), str(directory))
+    mount("--bind", str(directory), str(directory))
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(directory)], check=True)
         result = run(directory, tmp_path / "journal", calls=2)
@@ -245,7 +227,7 @@ def test_a_file_in_the_directory_s_place_raises_and_is_left_alone(
 
 def test_an_immutable_directory_raises(tmp_path: Path) -> None:
     """`chattr +i` keeps even root from making a file."""
-    _root()
+    needs_root()
     directory = tmp_path / "audit"
     directory.mkdir(mode=0o700)
     if shutil.which("chattr") is None:

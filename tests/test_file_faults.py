@@ -12,24 +12,13 @@ from pathlib import Path
 import pytest
 from faults.checker import check_run, read_files
 from faults.runner import JOURNAL, Call, Run, needs, run, run_traced
-from faults.table import CALLS, NAMED, POINTS, Point, fault_free, prepare, run_case
+from faults.table import CALLS, FAULTS, NAMED, POINTS, Point, fault_free, prepare, run_case
 
 strace = pytest.mark.fault
 
 
-@pytest.fixture
-def _strace() -> None:
-    needs("strace")
-
-
-@pytest.fixture
-def _libfiu() -> None:
-    needs("fiu-run")
-
-
 @strace
-@pytest.mark.usefixtures("_strace")
-@pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "EDQUOT", "EINTR", "SIGKILL"])
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_what_was_acknowledged_is_whole_and_what_failed_raised(
     point: Point, fault: str, tmp_path: Path
@@ -39,7 +28,6 @@ def test_what_was_acknowledged_is_whole_and_what_failed_raised(
 
 
 @strace
-@pytest.mark.usefixtures("_strace")
 @pytest.mark.parametrize("taken", [0, 1, 100])
 @pytest.mark.parametrize("name", ["first write", "second write", "fourth write"])
 def test_a_short_write_ends_the_session(name: str, taken: int, tmp_path: Path) -> None:
@@ -48,7 +36,6 @@ def test_a_short_write_ends_the_session(name: str, taken: int, tmp_path: Path) -
 
 
 @strace
-@pytest.mark.usefixtures("_strace")
 @pytest.mark.parametrize(
     ("verb", "when", "record"), [("fsync", 2, 0), ("fsync", 3, 0), ("fdatasync", 3, 3)]
 )
@@ -64,7 +51,6 @@ def test_a_sync_that_was_done_and_reported_as_failed_counts_as_failed(
 
 
 @strace
-@pytest.mark.usefixtures("_strace")
 def test_a_new_file_and_its_directory_are_synced_before_the_first_acknowledgement() -> None:
     """The order of calls is the one that a crash cannot spoil, up to the first receipt.
 
@@ -78,7 +64,6 @@ def test_a_new_file_and_its_directory_are_synced_before_the_first_acknowledgemen
 
 
 @strace
-@pytest.mark.usefixtures("_strace")
 def test_each_later_entry_is_synced_before_its_acknowledgement() -> None:
     """One write and one fdatasync a call, and nothing else that changes a file; the end as well."""
     trace, directory = fault_free(missing=False)
@@ -89,7 +74,6 @@ def test_each_later_entry_is_synced_before_its_acknowledgement() -> None:
 
 
 @strace
-@pytest.mark.usefixtures("_strace")
 def test_each_directory_that_was_made_is_synced_in_its_parent() -> None:
     """The names of new directories are durable before anything is acknowledged below them."""
     trace, directory = fault_free(missing=True)
@@ -101,7 +85,6 @@ def test_each_directory_that_was_made_is_synced_in_its_parent() -> None:
 
 
 @strace
-@pytest.mark.usefixtures("_strace")
 def test_a_file_is_created_exclusively_for_appending_and_for_its_owner() -> None:
     """The flags refuse a file or link that is there, and keep the descriptor to the process."""
     trace, directory = fault_free(missing=False)
@@ -133,6 +116,7 @@ def _verbs(trace: list[Call], directory: Path) -> list[str]:
 
 def _run_with_libfiu(tmp_path: Path, enable: str, calls: int) -> Run:
     """Run the child with libfiu between it and the system; it hits every descriptor."""
+    needs("fiu-run")
     before = ("fiu-run", "-x", "-c", enable)
     directory = tmp_path / "audit"
     result = run(directory, tmp_path / "journal", before=before, calls=calls)
@@ -145,7 +129,6 @@ def _run_with_libfiu(tmp_path: Path, enable: str, calls: int) -> Run:
 
 
 @strace
-@pytest.mark.usefixtures("_libfiu")
 @pytest.mark.parametrize(
     ("name", "errno"),
     [
@@ -162,7 +145,6 @@ def test_a_library_that_fails_once_costs_one_call(name: str, errno: int, tmp_pat
 
 
 @strace
-@pytest.mark.usefixtures("_libfiu")
 def test_writes_that_are_cut_at_random_leave_torn_tails_at_ends_only(tmp_path: Path) -> None:
     """Three writes in ten stop somewhere; what is torn is never continued."""
     enable = "enable_random name=posix/io/rw/write/reduce,failinfo=1,probability=0.3"
@@ -173,7 +155,6 @@ def test_writes_that_are_cut_at_random_leave_torn_tails_at_ends_only(tmp_path: P
 
 
 @strace
-@pytest.mark.usefixtures("_libfiu")
 def test_syncs_that_fail_at_random_never_acknowledge(tmp_path: Path) -> None:
     """Three syncs in ten fail; each costs a session and a call, and no acknowledged entry."""
     enable = "enable_random name=posix/io/sync/fdatasync,failinfo=5,probability=0.3"

@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from faults.checker import check_run, read_files
+from faults.disks import NOBODY, linux, needs_root, small_disk
 from faults.runner import JOURNAL, PATIENCE, environment, needs, run, run_traced
-from faults.table import CALLS, JOURNAL_POINTS, NAMED, Point, prepare, run_case
+from faults.table import CALLS, FAULTS, JOURNAL_POINTS, NAMED, Point, prepare, run_case
 from reading import journal_path, read_journal, recorded, session_files
-from test_faults_on_full_disks import NOBODY, _mount, _root, linux
 
 from structlog_audit import AuditConfigurationError, AuditHandler, AuditWriteError, journal
 from structlog_audit.sinks._lock import try_lock, unlock
@@ -25,14 +25,8 @@ from structlog_audit.sinks._lock import try_lock, unlock
 strace = pytest.mark.fault
 
 
-@pytest.fixture
-def _strace() -> None:
-    needs("strace")
-
-
 @strace
-@pytest.mark.usefixtures("_strace")
-@pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "EDQUOT", "EINTR", "SIGKILL"])
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("point", JOURNAL_POINTS, ids=str)
 def test_what_was_acknowledged_is_entered_and_what_failed_raised(
     point: Point, fault: str, tmp_path: Path
@@ -42,7 +36,6 @@ def test_what_was_acknowledged_is_entered_and_what_failed_raised(
 
 
 @strace
-@pytest.mark.usefixtures("_strace")
 @pytest.mark.parametrize("taken", [0, 1, 100])
 @pytest.mark.parametrize(
     "name", ["first write of the journal", "write of an end", "write of a begin", "last end"]
@@ -53,7 +46,6 @@ def test_a_short_write_of_the_journal_is_cut_off(name: str, taken: int, tmp_path
 
 
 @strace
-@pytest.mark.usefixtures("_strace")
 @pytest.mark.parametrize(
     ("verb", "when", "record"),
     [("fsync", 4, 0), ("fsync", 5, 0), ("fdatasync", 4, None), ("fdatasync", 5, 3)],
@@ -72,7 +64,6 @@ def test_a_sync_of_the_journal_that_was_done_and_reported_as_failed_counts_as_fa
 
 
 @strace
-@pytest.mark.usefixtures("_strace")
 def test_each_process_makes_the_name_of_the_journal_durable_for_itself(tmp_path: Path) -> None:
     """Whoever made the file may have been killed before that."""
     directory = prepare(tmp_path)
@@ -90,14 +81,10 @@ def test_each_process_makes_the_name_of_the_journal_durable_for_itself(tmp_path:
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for a session's file, and for nothing else."""
-    _root()
-    place = tmp_path / "disk"
-    place.mkdir()
-    _mount("-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(place))
-    (place / "audit").mkdir(0o700)
-    (place / "big").write_bytes(b"x" * 15 * 4096)
-    yield place / "audit"
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with small_disk(tmp_path / "disk") as place:
+        place.mkdir(0o700)
+        place.with_name("big").write_bytes(b"x" * 15 * 4096)
+        yield place
 
 
 def test_a_disk_without_room_for_the_journal_takes_no_entry(
@@ -210,7 +197,7 @@ def test_what_takes_the_place_of_the_journal_costs_no_entry_of_the_session(
 
 def test_a_journal_that_refuses_an_ordinary_user_fails_the_call(tmp_path: Path) -> None:
     """It belongs to another user, as after one start as root."""
-    _root()
+    needs_root()
     with TemporaryDirectory() as place:  # pytest's own directories let no other user in
         os.chmod(place, 0o755)
         directory = Path(place, "audit")
@@ -282,11 +269,11 @@ def test_the_end_of_a_session_waits_for_a_lock_and_is_entered_later(
 
 
 @strace
-@pytest.mark.usefixtures("_strace")
 def test_a_file_system_without_locks_is_refused_at_the_check(
     audit_dir: Path, tmp_path: Path
 ) -> None:
     """As some network mounts are: not only the first entry tells of it."""
+    needs("strace")
     script = """
         import sys
         from structlog_audit import AuditConfigurationError, AuditHandler, AuditWriteError, FileSink

@@ -147,6 +147,7 @@ def run_traced(
     (relative to their directory) and as they are (absolute). It is attached when the child has
     imported everything. `names` is the letter that the first session's name is made of.
     """
+    needs("strace")
     trace = journal.with_suffix(".trace")
     files = [directory / JOURNAL, *session_files(directory)]
     watched = [journal, *_upwards(directory), *files]

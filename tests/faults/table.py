@@ -14,6 +14,7 @@ from .verdict import check_verdict
 
 CALLS = 6
 HARD = ("EIO", "ENOSPC", "EDQUOT")
+FAULTS = (*HARD, "EINTR", "SIGKILL")
 ERRNO = {"EIO": 5, "ENOSPC": 28, "EDQUOT": 122}
 STAT = "fstat|newfstatat|l?stat|statx"
 
