@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from reading import ends, read_sessions, recorded
-from running import HANG, environment, in_threads
+from running import HANG, environment, in_threads, stop
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork") or importlib.util.find_spec("gunicorn") is None,
@@ -70,13 +69,7 @@ class Server:
 
     def stop(self) -> None:
         """End it as an operator does."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(HANG)
-        finally:
-            self.process.kill()
-            self.process.wait()
+        stop(self.process)
 
 
 def port(process: subprocess.Popen[bytes], address: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from reading import recorded, session_files
-from running import HANG, environment, eventually, in_threads, run_loop, run_python
+from running import HANG, environment, eventually, in_threads, run_loop, run_python, stop
 
 from structlog_audit import current_operation
 from structlog_audit.context import audit_fields
@@ -812,13 +812,7 @@ class Server:
             return {key for (key,) in database.execute("SELECT key FROM django_shop_item")}
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(self._end)
-        try:
-            self.process.wait(HANG)
-        finally:
-            self.process.kill()
-            self.process.wait()
+        stop(self.process, self._end)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from reading import parse_line, recorded, session_files
-from running import HANG, environment, eventually
+from running import HANG, environment, eventually, stop
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="gunicorn needs a system that forks"
@@ -143,13 +143,7 @@ class Server:
 
     def stop(self) -> None:
         """End it as an operator does."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(HANG)
-        finally:
-            self.process.kill()
-            self.process.wait()
+        stop(self.process)
 
     def requests(self, kind: str) -> set[str]:
         """Stop it and return which requests have such an entry; files may be torn or empty."""
