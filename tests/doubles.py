@@ -9,7 +9,7 @@ from typing import Any
 
 from running import HANG
 
-from structlog_audit import SinkError, Space
+from structlog_audit import AuditHandler, SinkError, Space
 from structlog_audit.testing import MemorySink
 
 
@@ -46,6 +46,14 @@ class HangingSink(MemorySink):
         """Hang from now on."""
         self.entered.clear()
         self.gate.clear()
+
+    def hang_in(self, handler: AuditHandler, action: str) -> threading.Thread:
+        """Have a thread record an entry, and hang in its write; return the thread."""
+        self.hang()
+        thread = threading.Thread(target=handler.record, args=({"action": action},))
+        thread.start()
+        assert self.entered.wait(HANG)
+        return thread
 
     def go_on(self) -> None:
         """Let the write that hangs go on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -78,23 +78,27 @@ def test_a_cancelled_task_whose_entry_failed_is_told_of(make_handler: MakeHandle
     assert begins(sink)[0]["data"]["gap"]["failedCalls"] == 1
 
 
+async def cancelled_in_time_out(
+    sink: HangingSink, handler: AuditHandler, call: Coroutine[Any, Any, object]
+) -> None:
+    """Cancel a call while its sink hangs, which goes on when the call has timed out."""
+    sink.hang()
+    task = asyncio.create_task(call)
+    await until(sink.entered.is_set)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    sink.go_on()
+    await until(lambda: handler._commits._since is None)
+
+
 def test_a_cancelled_task_that_timed_out_is_told_of(make_handler: MakeHandler) -> None:
     """Likewise when there was no answer in time."""
     sink = HangingSink()
     told: list[AuditError] = []
     handler = make_handler(sink, timeout=0.1, on_failure=told.append)
 
-    async def work() -> None:
-        sink.hang()
-        task = asyncio.create_task(handler.arecord({"action": "A"}))
-        await until(sink.entered.is_set)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        sink.go_on()
-        await until(lambda: handler._commits._since is None)
-
-    run_loop(work())
+    run_loop(cancelled_in_time_out(sink, handler, handler.arecord({"action": "A"})))
 
     assert [type(error) for error in told] == [AuditTimeoutError]
 
@@ -167,17 +171,8 @@ def test_an_operation_cancelled_while_its_begin_fails_has_no_outcome(
     handler = make_handler(sink, timeout=0.1)
     structlog.configure(processors=[*audit_processors(handler=handler)])
 
-    async def work() -> None:
-        sink.hang()
-        task = asyncio.create_task(audit_log.operation(action="A").__aenter__())
-        await until(sink.entered.is_set)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        sink.go_on()
-        await until(lambda: handler._commits._since is None)
-
-    run_loop(work())
+    begin = audit_log.operation(action="A").__aenter__()
+    run_loop(cancelled_in_time_out(sink, handler, begin))
     handler.close()
 
     assert "Abandon" not in [entry["event"] for entry in sink.entries]

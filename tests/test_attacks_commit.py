@@ -156,10 +156,7 @@ def test_the_longest_timeout_works_when_calls_meet(make_handler: MakeHandler) ->
     """Threads that wait for each other, and a coroutine."""
     sink = HangingSink()
     handler = make_handler(sink, timeout=threading.TIMEOUT_MAX)
-    sink.hang()
-    leader = threading.Thread(target=handler.record, args=({"action": "A"},))
-    leader.start()
-    assert sink.entered.wait(HANG)
+    leader = sink.hang_in(handler, "A")
     waiters = [
         threading.Thread(target=handler.record, args=({"action": "A"},), daemon=True)
         for _ in range(2)
@@ -185,10 +182,7 @@ def test_any_number_of_outcomes_is_taken_while_the_sink_works(make_handler: Make
     """A busy loop leaves more of them than are kept while a sink fails."""
     sink = HangingSink()
     handler = make_handler(sink)
-    sink.hang()
-    leader = threading.Thread(target=handler.record, args=({"action": "Leader"},))
-    leader.start()
-    assert sink.entered.wait(HANG)
+    leader = sink.hang_in(handler, "Leader")
     count = commit.MAX_OUTCOMES + 100
     for _ in range(count):
         handler.submit({"action": "Outcome"}, "Complete")
@@ -408,10 +402,7 @@ def test_a_helper_whose_turn_an_exception_strikes_gets_it(make_handler: MakeHand
     handler = make_handler(sink, timeout=HANG)
     handler.record({"action": "First"})
     queue = handler._commits._queue = Striking()
-    sink.hang()
-    leader = threading.Thread(target=handler.record, args=({"action": "Leader"},))
-    leader.start()
-    assert sink.entered.wait(HANG)
+    leader = sink.hang_in(handler, "Leader")
     handler._commits.nudge()
     eventually(lambda: len(queue) == 1)
 

@@ -173,10 +173,7 @@ def test_an_interrupted_waiter_is_not_written(
     handler = make_handler(sink, timeout=HANG * 10)
     main = threading.main_thread().ident
     assert main is not None
-    sink.hang()
-    leader = threading.Thread(target=handler.record, args=({"action": "Leader"},))
-    leader.start()
-    assert sink.entered.wait(HANG)
+    leader = sink.hang_in(handler, "Leader")
 
     def interrupt_the_waiter() -> None:
         patience = threading.Event()

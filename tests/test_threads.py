@@ -157,10 +157,7 @@ def test_who_waits_behind_a_stuck_sink_times_out_and_is_never_written(
     """The time-out is told with `persisted="no"`, and that stays true after the sink recovered."""
     sink = HangingSink()
     handler = make_handler(sink, timeout=0.1)
-    sink.hang()
-    leader = threading.Thread(target=handler.record, args=({"action": "Stuck"},))
-    leader.start()
-    assert sink.entered.wait(HANG)
+    leader = sink.hang_in(handler, "Stuck")
 
     answers = in_threads([lambda: handler.record({"action": "Late"})] * 5)
     sink.go_on()
@@ -211,10 +208,7 @@ def test_new_calls_fail_at_once_while_the_sink_is_stuck(
     """With an hour's time-out that is over for the leader, a new caller does not wait an hour."""
     sink = HangingSink()
     handler = make_handler(sink, timeout=3600)
-    sink.hang()
-    leader = threading.Thread(target=handler.record, args=({"action": "Stuck"},))
-    leader.start()
-    assert sink.entered.wait(HANG)
+    leader = sink.hang_in(handler, "Stuck")
     now = commit.monotonic()
     monkeypatch.setattr(commit, "monotonic", lambda: now + 4000)
 
