@@ -82,6 +82,12 @@ def session_files(directory: Path) -> list[Path]:
     return sorted(directory.glob(f"*-{'[0-9]' * 8}-*.ndjson"))
 
 
+def only_file(directory: Path) -> Path:
+    """Return the one session file of a directory."""
+    (path,) = session_files(directory)
+    return path
+
+
 def read_sessions(directory: Path) -> list[list[Entry]]:
     """Read all session files of a directory, in the order in which they began."""
     return sorted(map(read_session, session_files(directory)), key=lambda s: s[0]["time"])

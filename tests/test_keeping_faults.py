@@ -182,6 +182,15 @@ def attempts(ground: Ground, work: Work, *, all_: bool) -> list[tuple[str, int]]
     return [(name, number) for name, number, changes in calls if changes or all_]
 
 
+def completes(ground: Ground, work: Work) -> None:
+    """Check that nothing is lost, and that the next run does what is left to do."""
+    ground.check()
+    work(ground)
+    ground.check()
+    assert is_done(ground, work)
+    assert not ground.leftovers()
+
+
 @pytest.mark.parametrize("work", [archive, remove, compress])
 def test_killed_before_any_call_nothing_is_lost_and_the_next_run_completes(
     work: Work, ground: Ground
@@ -193,11 +202,7 @@ def test_killed_before_any_call_nothing_is_lost_and_the_next_run_completes(
         status = ground.run(work, f"{name}:signal=KILL:when={number}")
         killed += status == signal.SIGKILL
         try:
-            ground.check()
-            work(ground)
-            ground.check()
-            assert is_done(ground, work)
-            assert not ground.leftovers()
+            completes(ground, work)
         except BaseException as error:
             raise AssertionError(f"killed at {name} number {number}") from error
     assert killed > 20
@@ -216,11 +221,7 @@ def test_a_call_that_fails_is_told_and_the_next_run_completes(
         failed += status != 0
         try:
             assert status in (0, 1 << 8), "no error of ours"
-            ground.check()
-            work(ground)
-            ground.check()
-            assert is_done(ground, work)
-            assert not ground.leftovers()
+            completes(ground, work)
         except BaseException as error:
             raise AssertionError(f"{fault} of {name} number {number}") from error
     assert failed > 10

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from doubles import HangingSink
-from reading import ends, is_own, read_session, read_sessions, recorded, session_files
+from reading import ends, is_own, only_file, read_session, read_sessions, recorded, session_files
 from running import HANG, eventually, run_python, run_well
 
 from structlog_audit import (
@@ -29,11 +29,6 @@ from structlog_audit import (
 
 MakeHandler = Callable[..., AuditHandler]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX modes and links")
-
-
-def only_file(directory: Path) -> Path:
-    (path,) = session_files(directory)
-    return path
 
 
 @pytest.fixture

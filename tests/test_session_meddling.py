@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reading import read_session, recorded, session_files
+from reading import only_file, read_session, recorded, session_files
 from running import run_well
 
 from structlog_audit import (
@@ -20,11 +20,6 @@ from structlog_audit import (
 
 MakeHandler = Callable[..., AuditHandler]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX modes and links")
-
-
-def only_file(directory: Path) -> Path:
-    (path,) = session_files(directory)
-    return path
 
 
 def deleted(path: Path) -> None:

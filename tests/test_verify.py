@@ -732,6 +732,12 @@ WRITER = """
 """
 
 
+def writer(directory: Path, key: Path | str, sessions: int) -> subprocess.Popen[bytes]:
+    """Start a process that records; with a key file, it signs."""
+    script = [sys.executable, "-c", _dedented(WRITER), directory, key, str(sessions)]
+    return subprocess.Popen(script, env=environment())
+
+
 @pytest.fixture
 def writers(audit_dir: Path, tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
@@ -749,14 +755,7 @@ def test_no_false_alarm_while_processes_write_rotate_and_fork(
     """Whatever moment it is."""
     key = signing_key(tmp_path / "key")
     keys = [key.verifier] if signed else []
-    script = [
-        sys.executable,
-        "-c",
-        _dedented(WRITER),
-        audit_dir,
-        tmp_path / "key" if signed else "",
-    ]
-    writers += [subprocess.Popen([*script, "6"], env=environment()) for _ in range(3)]
+    writers += [writer(audit_dir, tmp_path / "key" if signed else "", 6) for _ in range(3)]
     reports = []
     while any(process.poll() is None for process in writers):
         if audit_dir.exists() and journal_path(audit_dir).exists():
@@ -782,15 +781,8 @@ def test_processes_that_are_killed_leave_nothing_that_looks_tampered(
     """At whatever moment; only that something has no end, or was not acknowledged."""
     key = signing_key(tmp_path / "key")
     keys = [key.verifier] if signed else []
-    script = [
-        sys.executable,
-        "-c",
-        _dedented(WRITER),
-        audit_dir,
-        tmp_path / "key" if signed else "",
-    ]
     for number in range(8):
-        process = subprocess.Popen([*script, "60"], env=environment())
+        process = writer(audit_dir, tmp_path / "key" if signed else "", 60)
         time.sleep(0.5 + number * 0.013)
         process.kill()
         process.wait()
