@@ -13,7 +13,8 @@ def main() -> None:
     except ImportError as error:
         print(f"error: the command needs the package {error.name}", file=sys.stderr)
         print("hint: pip install 'structlog-audit[cli]'", file=sys.stderr)
-        sys.exit(3 if sys.argv[1:2] == ["verify"] else 2)  # there, 2 tells of the log
+        judges = any(name.startswith("verify") for name in sys.argv[1:2])
+        sys.exit(3 if judges else 2)  # there, 1 and 2 tell of the log
     del click, rich
     from structlog_audit.cli import run
 
