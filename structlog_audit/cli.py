@@ -20,7 +20,7 @@ from structlog_audit.cli_reading import READING
 from structlog_audit.cli_report import report as report_command
 from structlog_audit.demo import run_demo
 from structlog_audit.doctor import Report, diagnose
-from structlog_audit.exceptions import AuditConfigurationError, AuditError
+from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.forward import Forwarder
 from structlog_audit.keys import generate_key_files
 from structlog_audit.proof import prove, read_proof, read_receipt, verify_proof
@@ -28,22 +28,22 @@ from structlog_audit.settings import Settings
 from structlog_audit.sinks.http import HttpSink
 from structlog_audit.terminal import (
     LABEL,
+    Commands,
     Judgement,
-    echo_error,
-    leave_stdout,
+    mend_stdout,
     plain_console,
-    plain_text,
     public_keys,
     safe,
     with_progress,
 )
 from structlog_audit.verify_command import verify_command
+from structlog_audit.visible import visible
 
 MANY_DAYS = 3_650
 """Above this, the exact number says nothing."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="structlog-audit")
 def cli() -> None:
     """Audit entries that are durable when the call returns."""
@@ -235,7 +235,7 @@ def _follow(forwarder: Forwarder) -> None:
 
 
 def _echo_problem(problem: object) -> None:
-    click.echo(plain_text(problem), err=True)
+    click.echo(visible(str(problem)), err=True)
 
 
 def _print_bench(console: Console, result: Bench) -> None:
@@ -356,14 +356,6 @@ def _latency_text(latency: dict[str, Any]) -> str:
 
 
 def run() -> None:
-    """Run the command; errors of ours become two lines, not a traceback."""
-    try:
-        cli(prog_name="structlog-audit")
-    except AuditError as error:
-        echo_error(error)
-        sys.exit(1)
-    except BrokenPipeError:
-        leave_stdout()
-    except OSError as error:
-        click.echo(f"error: {error.strerror or error}", err=True)
-        leave_stdout()
+    """Run the command."""
+    mend_stdout()
+    cli(prog_name="structlog-audit")

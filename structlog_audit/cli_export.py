@@ -14,7 +14,8 @@ from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.export import LIMIT, export
 from structlog_audit.handover import verify_export
 from structlog_audit.settings import Settings
-from structlog_audit.terminal import Judgement, plain_text, public_keys
+from structlog_audit.terminal import Command, Judgement, public_keys
+from structlog_audit.visible import visible
 
 _FILE = click.File("rb")
 
@@ -33,7 +34,7 @@ def _day(text: str) -> date:
         ) from None
 
 
-@click.command("export")
+@click.command("export", cls=Command)
 @click.argument("directory", type=click.Path())
 @click.option("--from", "first", required=True, metavar="DATE", help="The first day.")
 @click.option("--to", "last", required=True, metavar="DATE", help="The last day, included.")
@@ -103,11 +104,11 @@ def verify_received(archive: str, keys: tuple[str, ...], identities: tuple[Any, 
     company = f" of the company {asked['company']}" if asked["company"] is not None else ""
     days = f"{asked['from']} to {asked['to']} ({asked['zone']})"
     made = f"exported by {asked['by']} at {asked['made']}"
-    click.echo(plain_text(f"{received.entries:,} entries{company}, {days}, {made}"))
+    click.echo(visible(f"{received.entries:,} entries{company}, {days}, {made}"))
     if received.proven:
         where = f"in the log {received.origin}, signed by {', '.join(received.keys)}"
-        click.echo(plain_text(f"{received.proven:,} of them are proven: {where}"))
-    click.echo(plain_text(f"the log as a whole was {asked['verdict']} when this was made"))
+        click.echo(visible(f"{received.proven:,} of them are proven: {where}"))
+    click.echo(visible(f"the log as a whole was {asked['verdict']} when this was made"))
     if received.proven < received.entries:
         click.echo(f"{received.entries - received.proven:,} entries are NOT proven", err=True)
         sys.exit(2)

@@ -16,7 +16,8 @@ from structlog_audit.keeping import Keeping, cutoff_of
 from structlog_audit.retention import Session, parse_duration
 from structlog_audit.settings import Settings
 from structlog_audit.survey import Plan
-from structlog_audit.terminal import plain_text, public_keys
+from structlog_audit.terminal import Command, Commands, public_keys
+from structlog_audit.visible import visible
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,7 +36,7 @@ def _of_the_log(command: F) -> F:
     )(command)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("directory", type=click.Path())
 @click.option("--keep", required=True, metavar="TIME", help="How long: 36h, 90d, 12w.")
 @click.option("--archive", metavar="DIR", help="Where the files go; without it, they are removed.")
@@ -70,7 +71,7 @@ def retain(
     _end(keeping)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("directory", type=click.Path())
 @click.option("--older-than", default="1d", show_default=True, metavar="TIME",
               help="How long ago they must have ended: 36h, 90d, 12w.")  # fmt: skip
@@ -98,7 +99,7 @@ def compress(
     _end(keeping)
 
 
-@click.group()
+@click.group(cls=Commands)
 def hold() -> None:
     """Legal holds: while one is in force, retain lets nothing go that it covers.
 
@@ -145,7 +146,7 @@ def hold_release(
     Example: structlog-audit hold release /var/log/audit k3v9x2ab --reason "case closed"
     """
     released = _keeping(directory, prefix, key_files).release_hold(name, reason)
-    click.echo(f"released: {plain_text(_hold_text(released))}")
+    click.echo(f"released: {visible(_hold_text(released))}")
 
 
 @hold.command("list")
@@ -166,7 +167,7 @@ def hold_list(
         return
     active = [each for each in holds if each.released is None]
     for each in active:
-        click.echo(plain_text(_hold_text(each)))
+        click.echo(visible(_hold_text(each)))
     if not active:
         click.echo("no hold is in force")
 
@@ -226,7 +227,7 @@ def _show_stays(plan: Plan) -> None:
         verb = "stays" if len(plan.stays) == 1 else "stay"
         click.echo(f"{_sessions(len(plan.stays))} {verb}, and would be old enough:")
     for session, reason in plan.stays:
-        click.echo(f"  {session.file}: {plain_text(reason)}")
+        click.echo(f"  {session.file}: {visible(reason)}")
     if plan.younger:
         click.echo(f"{_sessions(plan.younger)} younger")
 
@@ -234,7 +235,7 @@ def _show_stays(plan: Plan) -> None:
 def _end(keeping: Keeping) -> None:
     """Name what could not be done; the status tells of it."""
     for session, reason in keeping.outcome.stayed:
-        click.echo(f"error: {session.file} stays: {plain_text(reason)}", err=True)
+        click.echo(f"error: {session.file} stays: {visible(reason)}", err=True)
     if keeping.outcome.stayed:
         click.get_current_context().exit(1)
 

@@ -1,18 +1,14 @@
-"""What the commands that read entries print: rows, and their ends without tracebacks.
+"""What the commands that read entries print: rows, fields and problems.
 
 Nothing that stands in an entry reaches the terminal as it is: it is made visible first.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import click
 import orjson
@@ -21,20 +17,13 @@ from rich.console import Console
 from rich.text import Text
 
 from structlog_audit.chain import line_hash
-from structlog_audit.exceptions import AuditError
 from structlog_audit.listing import Problem
 from structlog_audit.lookup import Found
 from structlog_audit.outcome import Row
 from structlog_audit.reader import Entry
+from structlog_audit.terminal import FOUND, NOTHING, WRONG, plain_console
 from structlog_audit.visible import visible
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-FOUND, NOTHING, WRONG = 0, 1, 2
-"""Exit statuses, as grep has them."""
-INTERRUPTED, PIPE_CLOSED = 130, 141
-"""Exit statuses of shells for SIGINT and SIGPIPE."""
 CUT = "…"
 """Stands where a long value was cut."""
 MAX_DATA = 160
@@ -50,35 +39,6 @@ _COLUMNS = (("user", 16, 40), ("company", 10, 40), ("ip", 15, 39), ("status", 14
             ("action", 20, 60))  # fmt: skip
 """Name, usual columns and most columns of each value."""
 _HIDDEN = re.compile(r"[^ -~]")
-
-
-def told_briefly(command: Callable[P, T]) -> Callable[P, T]:
-    """Have a command end without a traceback: wrong use, Ctrl-C, a closed pipe."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return command(*args, **kwargs)
-        except AuditError as error:
-            click.echo(f"error: {visible(error.reason)}", err=True)
-            if error.hint:
-                click.echo(f"hint: {visible(error.hint)}", err=True)
-            sys.exit(WRONG)
-        except KeyboardInterrupt:
-            _leave(INTERRUPTED)
-        except BrokenPipeError:
-            _leave(PIPE_CLOSED)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                click.echo(f"error: {error.strerror or error}", err=True)
-            _leave(WRONG)
-
-    return run
-
-
-def _leave(status: int) -> NoReturn:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at exit
-    sys.exit(status)
 
 
 class Problems:
@@ -124,19 +84,12 @@ def _escaped(found: re.Match[str]) -> str:
     return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
 
 
-def _console() -> Console:
-    """Return a console; a character that stdout does not have is spelled out."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    return Console(highlight=False, emoji=False, markup=False, soft_wrap=True)
-
-
 class Rows:
     """Prints one line for each entry: aligned, and coloured on a terminal."""
 
     def __init__(self) -> None:
         self._is_terminal = sys.stdout.isatty()
-        self._console = _console()
+        self._console = plain_console(is_exact=True, is_wrapped=False)
         self._width = self._console.width if self._is_terminal else 0
 
     def print(self, row: Row) -> None:
@@ -244,7 +197,7 @@ _FIELDS = (("user", "userId"), ("company", "companyId"), ("service", "serviceId"
 def print_found(found: Found) -> None:
     """Print an operation, or an entry, with all that it has."""
     row = Row(found.begin, found.outcome, is_alone=found.begin.operation_id is None)
-    console = _console()
+    console = plain_console(is_exact=True, is_wrapped=False)
     took = "" if row.duration is None else f" after {duration_text(row.duration.total_seconds())}"
     title = Text(cut(found.begin.action, MAX_VALUE), "bold")
     console.print(title.append(f": {visible(row.status)}{took}", STYLES.get(row.status, "")))

@@ -15,7 +15,6 @@ from structlog_audit.cli_output import (
     cut,
     print_found,
     print_line,
-    told_briefly,
 )
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.follow import Tail
@@ -24,6 +23,7 @@ from structlog_audit.lookup import look_up
 from structlog_audit.outcome import Row, rows
 from structlog_audit.reader import Entry, read
 from structlog_audit.selection import Selection, select
+from structlog_audit.terminal import Reading
 
 _FILTERS = (
     click.option("--since", metavar="TIME", help="From this day or moment on, or so long ago."),
@@ -74,10 +74,9 @@ def pair(text: str) -> tuple[str, str]:
     return path, value
 
 
-@click.command()
+@click.command(cls=Reading)
 @click.argument("paths", metavar="PATH…", nargs=-1, required=True, type=click.Path())
 @_with_options
-@told_briefly
 def search(paths: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Find entries: who did what, from where, and did it succeed?
 
@@ -109,7 +108,7 @@ def search(paths: tuple[str, ...], as_json: bool, **given: Any) -> None:
     sys.exit(problems.status(found))
 
 
-@click.command()
+@click.command(cls=Reading)
 @click.argument("paths", metavar="PATH…", nargs=-1, required=True, type=click.Path())
 @click.option(
     "-n",
@@ -123,7 +122,6 @@ def search(paths: tuple[str, ...], as_json: bool, **given: Any) -> None:
 )
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @_with_options
-@told_briefly
 def tail(paths: tuple[str, ...], count: int, follow: bool, as_json: bool, **given: Any) -> None:
     """Show the last entries of all sessions, in order of time, and those that come.
 
@@ -153,11 +151,10 @@ def tail(paths: tuple[str, ...], count: int, follow: bool, as_json: bool, **give
     sys.exit(problems.status(found))
 
 
-@click.command()
+@click.command(cls=Reading)
 @click.argument("what", metavar="ID")
 @click.argument("paths", metavar="PATH…", nargs=-1, required=True, type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print the exact lines (NDJSON).")
-@told_briefly
 def show(what: str, paths: tuple[str, ...], as_json: bool) -> None:
     """Show one entry or operation with all that it has: its Begin, its outcome, its data.
 

@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 import click
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from structlog_audit.activity import ActivityReport, Cell, Section, moment, shown
-from structlog_audit.cli_output import FOUND, WRONG, told_briefly
 from structlog_audit.cli_reading import pair, with_filters
 from structlog_audit.entry import SESSION_ACTION
 from structlog_audit.new_file import check_new, write_new
@@ -23,6 +21,7 @@ from structlog_audit.report_page import page
 from structlog_audit.selection import select
 from structlog_audit.source import STDIN
 from structlog_audit.summary import Summary
+from structlog_audit.terminal import FOUND, WRONG, Reading, plain_console
 
 SHOWN_ROWS = 20
 """Rows of a section on a terminal; the other formats have more."""
@@ -30,13 +29,12 @@ MAX_CELL = 60
 """Columns of a cell where lines are not wrapped; room for an id of 36 characters."""
 
 
-@click.command()
+@click.command(cls=Reading)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH…", type=click.Path())
 @with_filters
 @click.option("--format", "form", default="table", show_default=True, help="What to make.",
               type=click.Choice(["table", "json", "csv", "html"]))  # fmt: skip
 @click.option("--output", metavar="FILE", help="Write to this file, a new one, for you alone.")
-@told_briefly
 def report(paths: tuple[str, ...], form: str, output: str | None, **given: Any) -> None:
     """Sum up who did what how often, what failed, and which sessions have gaps.
 
@@ -127,7 +125,7 @@ def _emit(made: ActivityReport, form: str, output: str | None) -> None:
 
 
 def _print_tables(made: ActivityReport) -> None:
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = plain_console(is_exact=True)
     for line in _heading(made):
         console.print(line, style="bold" if line == _TITLE else None)
     for section in made.sections():

@@ -1,44 +1,200 @@
-"""What the commands have in common: the terminal, and what must not reach it."""
+"""What the commands have in common: how they end, and what reaches the terminal."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
+from click.exceptions import Exit
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
 from structlog_audit.exceptions import AuditConfigurationError, AuditError
 from structlog_audit.note import VerifierKey, read_keys
+from structlog_audit.visible import visible
 
 T = TypeVar("T")
 
-CHANGED, UNREADABLE, INTERRUPTED = 1, 3, 130
-"""Statuses of commands that judge; what a shell says of one that Ctrl-C ended."""
+FOUND, NOTHING, WRONG = 0, 1, 2
+"""Statuses of commands that read, as grep has them."""
+CHANGED, UNREADABLE = 1, 3
+"""Statuses of commands that judge."""
+INTERRUPTED, PIPE_CLOSED = 130, 141
+"""What a shell says of a command that SIGINT or SIGPIPE ended."""
 KEY_FILE = 2**20
 """Characters to read of a file with public keys."""
 LABEL = 14
 """Columns for what a row of the report tells of."""
 
 
-def plain_console() -> Console:
-    """Return a console that wraps words on a terminal, and leaves lines as they are elsewhere.
+class Command(click.Command):
+    """A command that never ends with a traceback, and whose status tells how it ended.
 
-    A character that the terminal does not have becomes a question mark.
+    It is the command's own, or `wrong`. After Ctrl-C, and when nobody reads what it prints, it is
+    what a shell would say, without a word. What stdout does not take is an error like others: so
+    it is flushed here, and not when Python ends.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    return Console(highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+
+    wrong = 1
+    """Status after wrong use, and after an error."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Read the arguments; --help prints here."""
+        with self._ending():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Do what the command does."""
+        with self._ending():
+            return super().invoke(ctx)
+
+    def status_of(self, error: Exception) -> int:
+        """Return the status after an error."""
+        return self.wrong
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            with _flushing():
+                yield
+        except (SystemExit, Exit):
+            raise
+        except KeyboardInterrupt:
+            _leave(INTERRUPTED, is_flushing=False)  # whoever reads may have stopped to
+        except BrokenPipeError:
+            _leave(PIPE_CLOSED)
+        except Exception as error:  # noqa: BLE001 - status 1 of a traceback may mean something else
+            with contextlib.suppress(OSError):  # nor does stderr take it
+                _tell(error)
+            _leave(self.status_of(error))
+
+
+class Commands(Command, click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+    wrong = click.UsageError.exit_code
+    """Of wrong use before it is known which command is meant."""
+
+
+class Reading(Command):
+    """A command that searches: grep's statuses."""
+
+    wrong = WRONG
+
+
+class Judgement(Command):
+    """A command whose statuses 1 and 2 tell of what it was given, so nothing else has them.
+
+    1 is for what was changed, 3 for what cannot be read, and for wrong use.
+    """
+
+    wrong = UNREADABLE
+
+    def status_of(self, error: Exception) -> int:
+        """Tell what was changed from what cannot be read."""
+        return CHANGED if getattr(error, "contradicts", False) else self.wrong
+
+
+@contextlib.contextmanager
+def _flushing() -> Iterator[None]:
+    try:
+        yield
+    except (SystemExit, Exit):
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _tell(error: Exception) -> None:
+    if isinstance(error, click.ClickException):
+        error.show()
+    elif isinstance(error, AuditError):
+        click.echo(f"error: {visible(error.reason)}", err=True)
+        if error.hint:
+            click.echo(f"hint: {visible(error.hint)}", err=True)
+    elif isinstance(error, OSError):
+        click.echo(f"error: {visible(_os_reason(error))}", err=True)
+    else:
+        click.echo(f"error: {type(error).__name__} in this command, {_place(error)}", err=True)
+
+
+def _os_reason(error: OSError) -> str:
+    reason = error.strerror or type(error).__name__
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
+def _place(error: Exception) -> str:
+    """Say where it was raised; its text may have something of an entry in it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"at line {frame.lineno} of {frame.filename}"
+
+
+def _leave(status: int, *, is_flushing: bool = True) -> NoReturn:
+    """End; what stdout and stderr do not take goes nowhere, or Python complains of it at exit."""
+    if not (is_flushing and _is_flushed(sys.stdout)):
+        _drop(1)
+    if not _is_flushed(sys.stderr):
+        _drop(2)
+    sys.exit(status)
+
+
+def _is_flushed(stream: TextIO | None) -> bool:
+    try:
+        if stream is not None:  # it was closed
+            stream.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _drop(descriptor: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command; rich would end it with status 1."""
+        raise BrokenPipeError
+
+
+def plain_console(
+    *, is_exact: bool = False, is_wrapped: bool = True, stderr: bool = False
+) -> Console:
+    """Return a console, the only one that commands print to.
+
+    Args:
+        is_exact: text is taken as it is: without markup, and a character that the terminal does
+            not have is spelled out; it becomes a question mark otherwise.
+        is_wrapped: words are wrapped on a terminal; lines are left as they are elsewhere.
+        stderr: print there.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace" if is_exact else "replace")
+    is_wrapped = is_wrapped and stream is not None and stream.isatty()
+    return _Console(
+        stderr=stderr, highlight=False, emoji=False, markup=not is_exact, soft_wrap=not is_wrapped
+    )
+
+
+def mend_stdout() -> None:
+    """Have a stdout that was closed refuse what is printed, and no file of ours get its number."""
+    if sys.stdout is None:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 1)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for good
 
 
 def with_progress(what: str, work: Callable[[Callable[[float], None]], T]) -> T:
     """Show a bar on stderr, if that is a terminal."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=1.0)
         return work(lambda part: bar.update(task, completed=part))
@@ -46,48 +202,7 @@ def with_progress(what: str, work: Callable[[Callable[[float], None]], T]) -> T:
 
 def safe(value: Any) -> str:
     """Return text that can neither control the terminal nor be taken for markup."""
-    return escape(plain_text(value))
-
-
-def plain_text(value: Any) -> str:
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(value))
-
-
-def echo_error(error: AuditError) -> None:
-    click.echo(f"error: {plain_text(error.reason)}", err=True)
-    if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
-
-
-def leave_stdout(status: int = 1) -> NoReturn:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at exit
-    sys.exit(status)
-
-
-class Judgement(click.Command):
-    """A command whose statuses 1 and 2 tell of what it was given, so nothing else has them.
-
-    1 is for what was changed, 3 for what cannot be read, and for wrong use.
-    """
-
-    def make_context(self, *args: Any, **options: Any) -> click.Context:
-        try:
-            return super().make_context(*args, **options)
-        except click.UsageError as error:
-            error.show()
-            sys.exit(UNREADABLE)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except AuditError as error:
-            echo_error(error)
-            sys.exit(CHANGED if getattr(error, "contradicts", False) else UNREADABLE)
-        except Exception as error:  # noqa: BLE001 - a traceback would end with status 1
-            click.echo(f"error: {type(error).__name__} in this command", err=True)
-        except KeyboardInterrupt:
-            sys.exit(INTERRUPTED)
-        sys.exit(UNREADABLE)
+    return escape(visible(str(value)))
 
 
 def public_keys(paths: tuple[str, ...]) -> list[VerifierKey]:

@@ -17,7 +17,6 @@ from structlog_audit.report import Finding, Report, Verdict
 from structlog_audit.terminal import (
     LABEL,
     Judgement,
-    leave_stdout,
     plain_console,
     public_keys,
     safe,
@@ -25,10 +24,6 @@ from structlog_audit.terminal import (
 )
 from structlog_audit.verify import verify as run_verification
 
-KEY_FILE = 2**20
-"""Characters to read of a file with public keys."""
-INTERRUPTED = 130
-"""What a shell says of a command that Ctrl-C ended."""
 MOST_FINDINGS = 50
 """Findings to print; JSON has them all."""
 
@@ -71,13 +66,10 @@ def verify_command(
             progress=lambda done, total: show(done / max(total, 1)),
         ),
     )  # fmt: skip
-    try:
-        if as_json:
-            click.echo(json.dumps(_spelled(report.as_dict()), indent=2))
-        else:
-            _print_verification(plain_console(), report)
-    except (BrokenPipeError, SystemExit):  # rich's own answer; the reader has seen enough
-        leave_stdout(report.exit_code)
+    if as_json:
+        click.echo(json.dumps(_spelled(report.as_dict()), indent=2))
+    else:
+        _print_verification(plain_console(), report)
     sys.exit(report.exit_code)
 
 

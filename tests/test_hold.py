@@ -117,7 +117,7 @@ def test_the_list_shows_holds_in_force_and_json_all_of_them(audit_dir: Path) -> 
     done("hold", "release", audit_dir, first, "--reason", "over")
 
     shown = done("hold", "list", audit_dir)
-    assert shown.startswith(f"{second} from 2026-01-01 08:00:00Z: a\\x1b[31mb (by ")
+    assert shown.startswith(f"{second} from 2026-01-01 08:00:00Z: a\\u001b[31mb (by ")
     assert first not in shown
     told = json.loads(done("hold", "list", audit_dir, "--json"))
     assert [(each["id"], each["release_reason"]) for each in told] == [
