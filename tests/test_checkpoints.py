@@ -328,6 +328,7 @@ def test_an_anchor_that_is_away_aborts_nobody(
         handler.close()
         eventually(lambda: "anchoring" in caplog.text)
         away = False
+        monkeypatch.setattr("structlog_audit.anchoring.PATIENCE", HANG)
         handler.record({"action": "A"})
         handler.close()
 
