@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from faults.runner import needs
 from reading import session_files
-from running import HANG, environment, in_child, in_threads, run_loop, run_well
+from running import HANG, environment, eventually, in_child, in_threads, run_loop, run_well
 from servers import processes
 from servers.certificates import make_certificates
 from servers.processes import SeqServer, haproxy, nginx
@@ -76,17 +76,22 @@ def check_order(events: list[dict[str, Any]]) -> None:
         last[session] = max(sequence, last.get(session, 0))
 
 
-@fault
-def test_an_answer_that_a_proxy_replaces_confirms_nothing(seq: SeqServer, tmp_path: Path) -> None:
-    """The server has stored it, and the client cannot know."""
-    with haproxy(tmp_path, processes.replacing_answers(seq.port, 502)) as proxy:
-        with recording(proxy.url, 0.5) as handler:
-            error = attempt(handler, 1)
-
+def check_stored_in_doubt(seq: SeqServer, error: AuditError | None) -> None:
+    """The first entry is stored, and its caller was told that it may be."""
     assert isinstance(error, AuditWriteError)
     assert error.persisted == "unknown"
     assert numbers(seq.stored()) == [1]
     check_order(seq.stored())
+
+
+@fault
+def test_an_answer_that_a_proxy_replaces_confirms_nothing(seq: SeqServer, tmp_path: Path) -> None:
+    """The server has stored it, and the client cannot know."""
+    with haproxy(tmp_path, processes.replacing_answers(seq.port, 502)) as proxy:
+        with recording(proxy.url, 2.0) as handler:
+            error = attempt(handler, 1)
+
+    check_stored_in_doubt(seq, error)
 
 
 @fault
@@ -96,13 +101,10 @@ def test_an_answer_that_is_lost_leaves_the_fate_unknown(
 ) -> None:
     """The same identity is sent again, so that it can be told apart."""
     with haproxy(tmp_path, getattr(processes, kind)(seq.port)) as proxy:
-        with recording(proxy.url, 0.7) as handler:
+        with recording(proxy.url, 2.0) as handler:
             error = attempt(handler, 1)
 
-    assert isinstance(error, AuditWriteError)
-    assert error.persisted == "unknown"
-    assert numbers(seq.stored()) == [1]
-    check_order(seq.stored())
+    check_stored_in_doubt(seq, error)
 
 
 @fault
@@ -127,8 +129,10 @@ def test_a_limit_on_the_rate_is_waited_for(
 ) -> None:
     """As long as there is time; then the call fails, and nothing was stored."""
     with haproxy(tmp_path, processes.limiting(seq.port, 2, retry_after)) as proxy:
-        with recording(proxy.url, 1.5) as handler:
+        with recording(proxy.url, 20.0) as handler:
             assert [attempt(handler, number) for number in (1, 2)] == [None, None]
+            sink: Any = handler.sink
+            sink.timeout = 1.5
             error = attempt(handler, 3)
 
     assert isinstance(error, AuditWriteError)
@@ -169,7 +173,7 @@ def test_a_proxy_that_terminates_tls_and_drips(seq: SeqServer, tmp_path: Path) -
     with nginx(tmp_path, config) as proxy, recording(proxy.url, ca=certificates.ca) as handler:
         assert [attempt(handler, number) for number in range(5)] == [None] * 5
     with nginx(tmp_path, processes.dripping(seq.port, 50)) as proxy:
-        with recording(proxy.url, 0.5) as handler:
+        with recording(proxy.url, 2.0) as handler:
             attempt(handler, 5)
 
     check_order(seq.stored())
@@ -218,19 +222,25 @@ def test_a_server_that_is_killed_and_restarted_under_load(seq: SeqServer) -> Non
                     return
                 (failed if attempt(handler, number) else acknowledged).append(number)
 
+        def some_more() -> None:
+            enough = len(acknowledged) + 20
+            eventually(lambda: len(acknowledged) >= enough)
+
         def disturb() -> None:
-            for _ in range(4):
-                time.sleep(0.3)
-                seq.kill()
-                time.sleep(0.2)
-                seq.restart()
-            time.sleep(0.3)
-            stop.set()
+            try:
+                for _ in range(4):
+                    some_more()
+                    seq.kill()
+                    time.sleep(0.2)
+                    seq.restart()
+                some_more()
+            finally:
+                stop.set()
 
         in_threads([lambda n=n: work(n) for n in range(8)] + [disturb])  # type: ignore[misc]
 
     stored = seq.stored()
-    assert len(acknowledged) > 50
+    assert len(acknowledged) >= 100
     assert set(acknowledged) <= set(numbers(stored))
     assert set(numbers(stored)) <= {*acknowledged, *failed}
     check_order(stored)
@@ -239,12 +249,13 @@ def test_a_server_that_is_killed_and_restarted_under_load(seq: SeqServer) -> Non
 @fault
 def test_a_server_that_hangs_fails_its_callers_in_time(seq: SeqServer) -> None:
     """Stopped: connections are accepted and never served. Afterwards the next call works."""
-    with recording(seq.url, 0.4) as handler:
+    with recording(seq.url) as handler:
         assert attempt(handler, 1) is None
         seq.stop()
+        sink: Any = handler.sink
+        sink.timeout = 0.4
         answers = in_threads([lambda number=number: attempt(handler, number) for number in (2, 3)])  # type: ignore[misc]
         seq.cont()
-        sink: Any = handler.sink
         sink.timeout = 10.0
         assert attempt(handler, 4) is None
 
@@ -295,11 +306,12 @@ def run_in_black_hole(script: str) -> None:
 
 def test_a_server_that_is_away_is_covered_by_a_directory(seq: SeqServer, tmp_path: Path) -> None:
     """Every call is confirmed by one of them, and each session is in one place."""
-    server = SeqSink(seq.url, timeout=1.0)
+    server = SeqSink(seq.url, timeout=10.0)
     handler = AuditHandler(FirstOf(server, FileSink(tmp_path / "audit")), timeout=HANG)
     for number in range(3):
         handler.record({"action": "A", "number": number})
     seq.kill()
+    server.timeout = 1.0
     for number in range(3, 6):
         handler.record({"action": "A", "number": number})
     seq.restart()

@@ -106,7 +106,7 @@ def test_a_server_that_wants_our_certificate(kind: str | None, certificates: Cer
     with ScriptedServer([accepted()], tls=context) as server:
         pair = getattr(certificates, kind) if kind else None
         sink = SeqSink(
-            server.url, ca=certificates.ca, timeout=0.5,
+            server.url, ca=certificates.ca, timeout=10 if kind == "client" else 0.5,
             client_cert=pair and pair.cert, client_key=pair and pair.private,
         )  # fmt: skip
         if kind == "client":
@@ -138,7 +138,7 @@ def test_a_server_that_drips_over_tls(interval: float, certificates: Certificate
         ScriptedServer([scripted.drip_header(interval)], tls=context) as server,
         pytest.raises(AuditWriteError, match="no answer in time") as caught,
     ):
-        record(SeqSink(server.url, ca=certificates.ca, timeout=0.5))
+        record(SeqSink(server.url, ca=certificates.ca, timeout=1.5))
 
     assert caught.value.persisted == "unknown"
 
@@ -281,7 +281,7 @@ def test_the_check_asks_the_health_page(tmp_path: Path) -> None:
             ScriptedServer([step]) as server,
             pytest.raises(AuditConfigurationError, match=words),
         ):
-            AuditHandler(SeqSink(server.url, timeout=0.3)).check()
+            AuditHandler(SeqSink(server.url, timeout=1.5)).check()
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_the_check_asks_the_health_page(tmp_path: Path) -> None:
 def test_the_check_finds_out_whether_seq_lets_us_in(step: scripted.Step, words: str) -> None:
     """By a request without entries: before the first entry, and not by it."""
     with ScriptedServer([scripted.answer(200), step]) as server:
-        sink = SeqSink(server.url, api_key=SECRET, timeout=0.5)
+        sink = SeqSink(server.url, api_key=SECRET, timeout=1.5)
         with pytest.raises(AuditConfigurationError, match=words):
             AuditHandler(sink).check()
 

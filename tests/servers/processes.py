@@ -144,11 +144,20 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.stdout.close()
 
 
-def free_port() -> int:
-    """Return a port that nobody listens at; it can serve as a server that is down."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+NOBODY = 1
+"""A port that nobody listens at; it can serve as a server that is down."""
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """Keep a port, so that nobody takes it before the server that it is for.
+
+    Linux lets both have it if both say so (SO_REUSEADDR), as HAProxy and nginx do.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 # Proxies.
@@ -186,19 +195,19 @@ def nginx(directory: Path, config: str) -> Iterator[Proxy]:
 
 @contextmanager
 def _proxy(directory: Path, name: str, config: str, command: list[str]) -> Iterator[Proxy]:
-    port = free_port()
-    file, log = directory / f"{name}-{port}.conf", directory / f"{name}-{port}.log"
-    config = config.replace("@PORT@", str(port)).replace("@DIRECTORY@", str(directory))
-    file.write_text(config)
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, str(file)], stdin=subprocess.DEVNULL, stdout=out, stderr=out, text=True
-        )
-    try:
-        _wait_until_listening(port, process, log)
-        yield Proxy(port, " ssl;" in config, process)
-    finally:
-        _end(process)
+    with held_port() as port:
+        file, log = directory / f"{name}-{port}.conf", directory / f"{name}-{port}.log"
+        config = config.replace("@PORT@", str(port)).replace("@DIRECTORY@", str(directory))
+        file.write_text(config)
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [*command, str(file)], stdin=subprocess.DEVNULL, stdout=out, stderr=out, text=True
+            )
+        try:
+            _wait_until_listening(port, process, log)
+            yield Proxy(port, " ssl;" in config, process)
+        finally:
+            _end(process)
 
 
 def _wait_until_listening(port: int, process: subprocess.Popen[str], log: Path) -> None:
@@ -234,7 +243,7 @@ def _haproxy(backend: int, *rules: str, mode: str = "http", timeout: str = "30s"
 
 
 def passing(backend: int) -> str:
-    """Pass all through; with `free_port()` for the backend, answer 503."""
+    """Pass all through; with `NOBODY` for the backend, answer 503."""
     return _haproxy(backend)
 
 
