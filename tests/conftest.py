@@ -92,6 +92,26 @@ def make_handler(audit_dir: Path) -> Iterator[Callable[..., AuditHandler]]:
 
 
 @pytest.fixture
+def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each request to a server came to: an Answer or a NoAnswer."""
+    from structlog_audit.sinks._exchange import Answer, Client, NoAnswer
+
+    found: list[Any] = []
+    post = Client.post
+
+    def noted(*arguments: Any) -> Answer:
+        try:
+            found.append(answer := post(*arguments))
+        except NoAnswer as error:
+            found.append(error)
+            raise
+        return answer
+
+    monkeypatch.setattr(Client, "post", noted)
+    return found
+
+
+@pytest.fixture
 def handler(make_handler: Callable[..., AuditHandler]) -> AuditHandler:
     """A handler that writes to files in `audit_dir`."""
     return make_handler()

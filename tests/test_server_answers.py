@@ -16,27 +16,9 @@ from servers.processes import NOBODY
 from servers.scripted import ScriptedServer, Step, accepted
 
 from structlog_audit import AuditError, AuditHandler, AuditWriteError, HttpSink, SeqSink
-from structlog_audit.sinks._exchange import Answer, Client, NoAnswer
+from structlog_audit.sinks._exchange import Answer, NoAnswer
 
 MakeHandler = Callable[..., AuditHandler]
-
-
-@pytest.fixture
-def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[Answer | NoAnswer]:
-    """What each request came to."""
-    found: list[Answer | NoAnswer] = []
-    post = Client.post
-
-    def noted(*arguments: Any) -> Answer:
-        try:
-            found.append(answer := post(*arguments))
-        except NoAnswer as error:
-            found.append(error)
-            raise
-        return answer
-
-    monkeypatch.setattr(Client, "post", noted)
-    return found
 
 
 @pytest.fixture
