@@ -30,10 +30,23 @@ class Calendar:
         return sum(day.weekday() not in self.weekend and day not in self.holidays for day in days)
 
     def span(self, first: date, last: date) -> tuple[datetime, datetime]:
-        """Return when the first date begins, and when the last one is over."""
-        begin = datetime(first.year, first.month, first.day, tzinfo=self.zone)
-        after = last + timedelta(days=1)
-        return begin, datetime(after.year, after.month, after.day, tzinfo=self.zone)
+        """Return when the first date begins, and when the last one is over, in UTC.
+
+        Raises:
+            AuditConfigurationError: that is before or behind all times.
+        """
+        try:
+            ends = first, last + timedelta(days=1)
+            begin, end = (
+                datetime(day.year, day.month, day.day, tzinfo=self.zone).astimezone(timezone.utc)
+                for day in ends
+            )
+        except OverflowError:
+            raise AuditConfigurationError(
+                f"from {first} to {last} is more than there are times for",
+                hint="days lie between 0001-01-02 and 9999-12-30",
+            ) from None
+        return begin, end
 
 
 def read_calendar(text: str) -> Calendar:
@@ -46,10 +59,13 @@ def read_calendar(text: str) -> Calendar:
         AuditConfigurationError: a line is something else.
     """
     weekend, zone = Calendar().weekend, Calendar().zone
-    holidays = set()
+    holidays, seen = set(), set()
     for number, line in enumerate(text.splitlines(), 1):
         word, *rest = line.partition("#")[0].split() or [""]
         try:
+            if word in ("weekend", "zone") and (word in seen or not rest):
+                raise ValueError(word)
+            seen.add(word)
             if word == "weekend":
                 weekend = frozenset(_DAYS.index(day.lower()) for day in rest)
             elif word == "zone" and len(rest) == 1:
@@ -61,7 +77,8 @@ def read_calendar(text: str) -> Calendar:
         except ValueError:
             raise AuditConfigurationError(
                 f"line {number} of the calendar is no holiday, weekend or zone",
-                hint="a line is a date such as 2026-12-25, 'weekend sat sun', or 'zone Asia/Dubai'",
+                hint="a line is a date such as 2026-12-25; there may be one 'weekend sat sun', and "
+                "one 'zone Asia/Dubai'",
             ) from None
     return Calendar(weekend, frozenset(holidays), zone)
 

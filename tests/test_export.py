@@ -167,8 +167,12 @@ def test_a_calendar_is_read_from_text() -> None:
     begin, end = calendar.span(date(2026, 12, 25), date(2026, 12, 25))
     assert begin.astimezone(timezone.utc).isoformat() == "2026-12-24T20:00:00+00:00"
     assert end - begin == timedelta(days=1)
-    for text in ("tomorrow", "weekend someday", "zone Atlantis/Here", "2026-12-25 2026-12-26"):
+    for text in ("tomorrow", "weekend someday", "zone Atlantis/Here", "2026-12-25 2026-12-26",
+                 "weekend", "weekend # none", "zone"):  # fmt: skip
         with pytest.raises(AuditConfigurationError, match="line 1"):
+            read_calendar(text)
+    for text in ("zone UTC\nzone Asia/Dubai", "weekend fri\nweekend sat sun"):
+        with pytest.raises(AuditConfigurationError, match="line 2"):
             read_calendar(text)
 
 
