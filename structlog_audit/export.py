@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
 import zipfile
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
 from hashlib import sha256
@@ -25,30 +25,50 @@ from typing import IO, Any
 
 import orjson
 
+from structlog_audit import age
 from structlog_audit._version import __version__
 from structlog_audit.act import user
 from structlog_audit.activity import ActivityReport
+from structlog_audit.archive import (
+    CHECKPOINT,
+    ENTRIES,
+    FORMAT,
+    HEADS,
+    KEYS,
+    MANIFEST,
+    MANIFEST_NOTE,
+    PROOFS,
+    README,
+    README_TEXT,
+    REPORT,
+    VERIFICATION,
+    Members,
+    statement,
+    time_of,
+)
 from structlog_audit.business import Calendar
+from structlog_audit.chain import line_hash, link
+from structlog_audit.checkpoint import Signer
 from structlog_audit.exceptions import AuditConfigurationError
-from structlog_audit.listing import Bounds, find_files, may_be_in
+from structlog_audit.journal import journal_origin
+from structlog_audit.listing import Bounds, File, find_files, may_be_in
 from structlog_audit.merkle import Tree, leaf_hash
-from structlog_audit.names import journal_name
+from structlog_audit.names import SESSION_FILE, journal_name
 from structlog_audit.new_file import check_new, write_new
-from structlog_audit.note import VerifierKey
+from structlog_audit.note import VerifierKey, sign
 from structlog_audit.reader import Entry
-from structlog_audit.report import Report
+from structlog_audit.report import Pruned, Report
 from structlog_audit.report_page import page
-from structlog_audit.selection import select
-from structlog_audit.source import Lines, Source, Unreadable
+from structlog_audit.selection import Selection, select, stamp
+from structlog_audit.signed_heads import Head, read_signed_heads
+from structlog_audit.source import CHUNK, Lines, Source, Unreadable
 from structlog_audit.summary import Summary
+from structlog_audit.values import well_formed
 from structlog_audit.verify import verify
 
-FORMAT = "structlog-audit/export/1"
 ACTION = "AuditExport"
-CHUNK = 2**18
 LIMIT = 5
 """Business days at a time; the rule of the hosted product whose audit log ours follows."""
-_TIME = re.compile(rb'\{"level":35,"time":"([0-9T:.-]{26}Z)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +81,9 @@ class Exported:
         proven: how many of them come with a proof.
         sha256: of the archive, in hex, as it stands in the log.
         verdict: what verification says of the log that it comes from.
+        contradicting: how many of the entries have no proof because their session is not as it
+            was signed, or not linked, by the names of the sessions' files.
+        pruned: how many sessions went under a policy that may have had entries of these days.
     """
 
     path: str
@@ -68,25 +91,8 @@ class Exported:
     proven: int
     sha256: str
     verdict: str
-
-
-@dataclass(slots=True)
-class _Head:
-    """The last signed head of a session."""
-
-    line: bytes
-    number: int
-    sequence: int
-
-
-@dataclass(slots=True)
-class _Journal:
-    """What the journal says, as far as an export needs it."""
-
-    heads: dict[str, _Head] = field(default_factory=dict)
-    note: str | None = None
-    last: bytes = b""
-    tree: Tree | None = None
+    contradicting: Mapping[str, int]
+    pruned: int
 
 
 def export(
@@ -101,6 +107,7 @@ def export(
     company: str | None = None,
     prefix: str = "audit",
     keys: Sequence[VerifierKey] = (),
+    signer: Signer | None = None,
     recipients: Sequence[str] = (),
 ) -> Exported:
     """Write the entries of some days into an archive.
@@ -115,121 +122,178 @@ def export(
         limit: how many business days there may be; None for any number.
         company: leave out what belongs to others; None takes all.
         prefix: begin of the names of the session files.
-        keys: the public keys, which go into the archive, and with which the log is verified.
+        keys: the public keys, which go into the archive, and with which the log is verified;
+            those of the signer are known.
+        signer: signs what the archive says of itself, with the log's key (`act.Recorder.signer`).
         recipients: public keys of age; the archive is encrypted to them.
 
     Raises:
-        AuditConfigurationError: the days, the recipients or the paths are unusable.
+        AuditConfigurationError: the days, the company, the recipients or the paths are unusable,
+            or a file of the log cannot be read.
         AuditError: the entry that tells of the export could not be recorded.
     """
     where, name = os.path.abspath(os.fsdecode(directory)), os.path.abspath(os.fsdecode(output))
     calendar = calendar or Calendar()
     _check_paths(where, name, prefix)
-    _check_days(first, last, calendar.business_days(first, last), limit)
-    to = [_recipient(text) for text in recipients]
+    _check_days(first, last, calendar, limit)
+    begin, end = calendar.span(first, last)
+    asked = select(since=begin, until=end, company=company)
+    to = [age.recipient(text) for text in recipients]
     about: dict[str, object] = {
         "prefix": prefix, "from": first.isoformat(), "to": last.isoformat(),
-        "zone": str(calendar.zone), "company": company, "by": user(),
+        "zone": str(calendar.zone), "begin": stamp(begin), "end": stamp(end), "company": company,
+        "by": user(),
     }  # fmt: skip
-    begin, end = map(_stamp, calendar.span(first, last))
+    known = _with_own(keys, signer)
     with _explained(name), _unnamed(name) as plain:
-        report = verify(where, keys=keys)
-        selection = _Selection(where, prefix, begin, end, company)
-        counts = _pack(plain, selection, about, report, keys)
+        report = verify(where, keys=known)
+        selection = _Part(where, prefix, asked, company, known)
+        pruned = about["pruned"] = _pruned(report.pruned, prefix, asked)
+        counts = _pack(plain, selection, about, report, known, signer)
         with _encrypted(plain, to, name) as ready:
             digest = _digest(ready)
             told = {**about, **counts, "sha256": digest, "recipients": list(recipients)}
             act = {"action": ACTION, "data": told}
             write_new(name, _parts(ready), before=lambda: record(act))
-    return Exported(name, counts["entries"], counts["proven"], digest, report.verdict)
+    return Exported(name, counts["entries"], counts["proven"], digest, report.verdict,
+                    selection.contradicting, pruned)  # fmt: skip
+
+
+def _with_own(keys: Sequence[VerifierKey], signer: Signer | None) -> tuple[VerifierKey, ...]:
+    """Return the given keys, and those of the signer that are not among them."""
+    own = () if signer is None else [key.verifier for key in signer.keys]
+    named = {(key.name, key.public) for key in keys}
+    return (*keys, *(key for key in own if (key.name, key.public) not in named))
 
 
 def _pack(
     file: IO[bytes],
-    selection: _Selection,
+    part: _Part,
     about: Mapping[str, object],
     report: Report,
     keys: Sequence[VerifierKey],
+    signer: Signer | None,
 ) -> dict[str, int]:
     """Write the archive; return how many entries, proofs and sessions are in it."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        members = _Members(archive)
-        counts, now = selection.write(members), datetime.now(timezone.utc)
-        members.add("verification.json", orjson.dumps(report.as_dict()))
+        members = Members(archive)
+        counts, now = part.write(members), datetime.now(timezone.utc)
+        members.add(VERIFICATION, orjson.dumps(_verification(report, part, keys)))
         asked = {name: str(about[name]) for name in ("from", "to", "zone", "company")}
-        made = ActivityReport(selection.summary, [selection.name], now, asked, report.verdict)
-        members.add("report.html", page(made).encode())
-        members.add("keys.pub", "".join(f"{key}\n" for key in keys).encode())
-        members.add("README.txt", _README.encode())
-        manifest = {
-            "format": FORMAT, "library": f"structlog-audit {__version__}", "made": _stamp(now),
+        made = ActivityReport(part.summary, [part.name], now, asked, report.verdict)
+        members.add(REPORT, page(made).encode())
+        members.add(KEYS, "".join(f"{key}\n" for key in keys).encode())
+        members.add(README, README_TEXT.encode())
+        manifest = orjson.dumps({
+            "format": FORMAT, "library": f"structlog-audit {__version__}", "made": stamp(now),
             **about, **counts, "verdict": report.verdict, "files": members.hashes,
-        }  # fmt: skip
-        archive.writestr("manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        }, option=orjson.OPT_INDENT_2)  # fmt: skip
+        archive.writestr(MANIFEST, manifest)
+        if signer is not None:
+            origin = journal_origin(signer.keys[0].name, part.signed.first)
+            archive.writestr(MANIFEST_NOTE, sign(statement(origin, manifest), signer.keys))
     return counts
 
 
-class _Members:
-    """The files in an archive, and their hashes."""
+def _verification(report: Report, part: _Part, keys: Sequence[VerifierKey]) -> dict[str, Any]:
+    """Return what the receiver is told of the verification: no paths of this host.
 
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self._archive = archive
-        self.hashes: dict[str, str] = {}
-
-    def add(self, name: str, data: bytes) -> None:
-        """Add a small file."""
-        self.add_all(name, [data])
-
-    def add_all(self, name: str, parts: Iterable[bytes]) -> None:
-        """Add a file of any size."""
-        digest = sha256()
-        with self._archive.open(name, "w", force_zip64=True) as member:
-            for part in parts:
-                digest.update(part)
-                member.write(part)
-        self.hashes[name] = digest.hexdigest()
+    Whoever gets the entries of one company is told nothing of the files and totals of all.
+    """
+    if part.company is None:
+        told: dict[str, Any] = _without(f"{part.directory}{os.sep}", report.as_dict())
+        return told
+    until = report.signed_until
+    return {
+        "verdict": report.verdict,
+        "keys": [str(key) for key in keys],
+        "checkpoint": None if until is None else {"line": until.line, "time": until.time},
+        "findings": Counter(finding.kind for finding in report.findings),
+    }
 
 
-class _Selection:
+def _without(directory: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return well_formed(value.replace(directory, ""))
+    if isinstance(value, dict):
+        return {key: _without(directory, each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without(directory, each) for each in value]
+    return value
+
+
+def _pruned(tombstones: Sequence[Pruned], prefix: str, asked: Selection) -> int:
+    """Count the sessions that are gone, and may have had entries of these days."""
+    count, bounds = 0, Bounds()
+    for each in tombstones:
+        named = SESSION_FILE.fullmatch(os.path.basename(each.file))
+        if named is not None and named["prefix"] == prefix and not each.there:
+            count += may_be_in(File(each.file, prefix, named["day"]), asked, bounds)
+    return count
+
+
+@dataclass(slots=True)
+class _Lines:
+    """What was asked for of a session's file.
+
+    Attributes:
+        leaves: of the tree over the lines that are signed.
+        found: the lines that were asked for, with their numbers.
+        linked: whether each line follows the one before it.
+    """
+
+    leaves: list[bytes] = field(default_factory=list)
+    found: list[tuple[int, bytes]] = field(default_factory=list)
+    linked: bool = True
+
+
+class _Part:
     """The entries of some days, and what proves them."""
 
     def __init__(
-        self, directory: str, prefix: str, begin: str, end: str, company: str | None
-    ) -> None:
-        self._directory = directory
-        self.name = os.path.basename(directory)
+        self, directory: str, prefix: str, asked: Selection, company: str | None,
+        keys: Sequence[VerifierKey],
+    ) -> None:  # fmt: skip
+        self.directory = directory
+        self.name = well_formed(os.path.basename(directory))
+        self.company = company
         self._prefix = prefix
-        self._begin, self._end = begin, end
-        self._company = company
-        self._journal = _read_journal(os.path.join(directory, journal_name(prefix)))
-        self._used: dict[str, _Head] = {}
+        self._asked = asked
+        self._begin, self._end = stamp(asked.since), stamp(asked.until)
+        self.signed = read_signed_heads(os.path.join(directory, journal_name(prefix)), keys)
+        self._used: dict[str, Head] = {}
         self.summary = Summary(is_partial=True)
+        self.contradicting: Counter[str] = Counter()
         self._entries = self._proven = 0
 
-    def write(self, members: _Members) -> dict[str, int]:
+    def write(self, members: Members) -> dict[str, int]:
         """Write entries, proofs, heads and checkpoint; return how many there are."""
         with tempfile.TemporaryFile() as proofs:
-            members.add_all("entries.ndjson", self._lines(proofs))
-            members.add_all("proofs.ndjson", _parts(proofs))
-        members.add_all("heads.ndjson", self._heads())
-        members.add("checkpoint.note", (self._journal.note or "").encode())
-        return {"entries": self._entries, "proven": self._proven, "sessions": len(self._used)}
+            members.add_all(ENTRIES, self._lines(proofs))
+            members.add_all(PROOFS, _parts(proofs))
+        members.add_all(HEADS, self._heads())
+        members.add(CHECKPOINT, (self.signed.note or "").encode())
+        return {"entries": self._entries, "proven": self._proven, "sessions": len(self._used),
+                "contradicting": self.contradicting.total()}  # fmt: skip
 
     def _lines(self, proofs: IO[bytes]) -> Iterator[bytes]:
         for path, session in self._files():
-            head = self._journal.heads.get(session)
-            leaves, found = self._selected(path, head.sequence if head else 0)
-            tree = Tree(leaves) if found and head else None
-            for number, line in found:
-                proof = None
-                if tree is not None and head is not None and number <= tree.size == head.sequence:
-                    proof = [b64encode(each).decode() for each in tree.proof(number - 1)]
+            head = self.signed.heads.get(session)
+            part = self._selected(path, session, head.sequence if head else 0)
+            tree = Tree(part.leaves if part.found else [])
+            fits = head is not None and (tree.size, tree.root()) == (head.sequence, head.root)
+            for number, line in part.found:
+                told: dict[str, object] = {"session": session, "sequence": number, "proof": None}
+                if head is not None and fits and number <= tree.size:
+                    told["proof"] = [b64encode(each).decode() for each in tree.proof(number - 1)]
                     self._used[session] = head
                     self._proven += 1
+                elif not part.linked or (head is not None and not fits):
+                    told["contradicts"] = True
+                    self.contradicting[os.path.basename(path)] += 1
                 self._entries += 1
                 self._sum_up(path, number, line)
-                proofs.write(orjson.dumps({"session": session, "sequence": number, "proof": proof}))
-                proofs.write(b"\n")
+                proofs.write(orjson.dumps(told) + b"\n")
                 yield line + b"\n"
 
     def _sum_up(self, path: str, number: int, line: bytes) -> None:
@@ -240,75 +304,53 @@ class _Selection:
 
     def _files(self) -> Iterator[tuple[str, str]]:
         """Return the files that may hold entries of these days, and their sessions."""
-        bounds, asked = Bounds(), select(since=self._begin, until=self._end)
-        for file in find_files(self._directory):
-            if file.prefix == self._prefix and may_be_in(file, asked, bounds):
+        bounds = Bounds()
+        for file in find_files(self.directory):
+            if file.prefix == self._prefix and may_be_in(file, self._asked, bounds):
                 yield file.path, file.session
 
-    def _selected(self, path: str, covered: int) -> tuple[list[bytes], list[tuple[int, bytes]]]:
-        """Return the leaves of the signed part of a file, and the lines that were asked for."""
-        leaves, found, number = [], [], 0
+    def _selected(self, path: str, session: str, covered: int) -> _Lines:
+        """Read a file, of whose lines so many are signed."""
+        part, number, prev = _Lines(), 0, ""
         try:
             with Source(path, follow=False) as source:
                 for lines in Lines(source.chunks()):
                     for line in lines:
                         number += 1
+                        part.linked &= line.endswith(link(b"", session, number, prev))
+                        prev = line_hash(line)
                         if number <= covered:
-                            leaves.append(leaf_hash(line))
+                            part.leaves.append(leaf_hash(line))
                         if self._is_asked_for(line):
-                            found.append((number, line))
+                            part.found.append((number, line))
         except Unreadable as error:
-            raise AuditConfigurationError(f"cannot read {path}: {error.reason}") from None
-        return leaves, found
+            raise AuditConfigurationError(
+                f"cannot read {path}: {error.reason}; it may hold entries of these days",
+                hint="run structlog-audit verify on the log; if that is no file of the log, move "
+                "it away, and find out who put it there",
+            ) from None
+        return part
 
     def _is_asked_for(self, line: bytes) -> bool:
-        time = _TIME.match(line)
-        if time is None or not self._begin <= time[1].decode() < self._end:
+        time = time_of(line)
+        if time is None or not self._begin <= time < self._end:
             return False
-        if self._company is None:
+        if self.company is None:
             return True
         try:
-            return bool(orjson.loads(line).get("companyId") == self._company)
+            return bool(orjson.loads(line).get("companyId") == self.company)
         except (ValueError, AttributeError):
             return False
 
     def _heads(self) -> Iterator[bytes]:
         """Return the last line that is signed, which tells when that was; then the heads."""
-        tree, last = self._journal.tree, self._journal.last
-        if tree is None or not tree.size:
+        tree = self.signed.tree
+        if not tree.size:
             return
-        for line, number in [(last, tree.size), *((h.line, h.number) for h in self._used.values())]:
+        used = {head.number: head.line for head in self._used.values()}
+        for number, line in {tree.size: self.signed.last, **used}.items():
             proof = [b64encode(each).decode() for each in tree.proof(number - 1)]
             yield orjson.dumps({"head": line.decode(), "proof": proof}) + b"\n"
-
-
-def _read_journal(path: str) -> _Journal:
-    """Read which heads are signed by the newest checkpoint, and which sessions have ended."""
-    journal, leaves, before = _Journal(), [], b""
-    if not os.path.lexists(path):
-        return journal
-    fresh: dict[str, _Head] = {}
-    covered = 0
-    try:
-        with Source(path) as source:
-            for lines in Lines(source.chunks()):
-                for line in lines:
-                    fields = orjson.loads(line)
-                    leaves.append(leaf_hash(line))
-                    session, event = fields.get("session"), fields.get("event")
-                    if "root" in fields:
-                        fresh[session] = _Head(line, len(leaves), fields["sequence"])
-                    if event == "Checkpoint":
-                        journal.heads |= fresh
-                        journal.note, journal.last, fresh = fields["note"], before, {}
-                        covered = len(leaves) - 1
-                    before = line
-    except (Unreadable, ValueError, KeyError, TypeError, AttributeError):
-        raise AuditConfigurationError(
-            f"{path} cannot be read as a journal", hint="run structlog-audit verify on the log"
-        ) from None
-    journal.tree = Tree(leaves[:covered])
-    return journal
 
 
 def _check_paths(directory: str, output: str, prefix: str) -> None:
@@ -324,19 +366,15 @@ def _check_paths(directory: str, output: str, prefix: str) -> None:
         raise AuditConfigurationError(f"there is no directory {os.path.dirname(output)}")
 
 
-def _check_days(first: date, last: date, days: int, limit: int | None) -> None:
+def _check_days(first: date, last: date, calendar: Calendar, limit: int | None) -> None:
     if last < first:
         raise AuditConfigurationError(f"the last day, {last}, is before the first one, {first}")
-    if limit is not None and days > limit:
+    if limit is not None and (days := calendar.business_days(first, last)) > limit:
         raise AuditConfigurationError(
             f"from {first} to {last} there are {days} business days, and {limit} may be exported "
             "at a time",
             hint="take fewer days, or --no-limit",
         )
-
-
-def _stamp(moment: datetime) -> str:
-    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 @contextlib.contextmanager
@@ -355,26 +393,6 @@ def _unnamed(output: str) -> IO[bytes]:
     return tempfile.TemporaryFile(dir=os.path.dirname(output))
 
 
-def _recipient(text: str) -> Any:
-    pyrage = _pyrage()
-    try:
-        return pyrage.x25519.Recipient.from_str(text)
-    except pyrage.RecipientError:
-        raise AuditConfigurationError(
-            "a recipient is no public key of age", hint="it begins with age1; age-keygen makes one"
-        ) from None
-
-
-def _pyrage() -> Any:
-    try:
-        import pyrage
-    except ImportError:
-        raise AuditConfigurationError(
-            "encryption needs the package pyrage", hint="pip install 'structlog-audit[export]'"
-        ) from None
-    return pyrage
-
-
 @contextlib.contextmanager
 def _encrypted(plain: IO[bytes], recipients: Sequence[Any], output: str) -> Iterator[IO[bytes]]:
     plain.seek(0)
@@ -382,7 +400,7 @@ def _encrypted(plain: IO[bytes], recipients: Sequence[Any], output: str) -> Iter
         yield plain
         return
     with _unnamed(output) as ready:
-        _pyrage().encrypt_io(plain, ready, recipients)
+        age.encrypt(plain, ready, recipients)
         yield ready
 
 
@@ -396,22 +414,3 @@ def _digest(file: IO[bytes]) -> str:
     for part in _parts(file):
         digest.update(part)
     return digest.hexdigest()
-
-
-_README = """\
-This archive holds entries of an audit log, and what proves that they were recorded as they stand.
-
-  entries.ndjson      the entries, one JSON object a line, byte for byte
-  proofs.ndjson       line by line, how each entry follows from the head of its session (RFC 6962)
-  heads.ndjson        the heads of the sessions, and how they follow from the checkpoint (RFC 6962)
-  checkpoint.note     the signature over all of it (C2SP signed note)
-  keys.pub            the public keys; take them from somebody you trust rather than from here
-  report.html         who did what how often, and what failed, to be read and printed
-  verification.json   what a verification of the whole log said when this was made
-  manifest.json       what was asked for, and the SHA-256 of each of these files
-
-To verify it, with the public key from somebody you trust:
-
-  pip install 'structlog-audit[cli,sign]'
-  structlog-audit verify-export ARCHIVE --key KEY.pub
-"""

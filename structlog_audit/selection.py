@@ -12,7 +12,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from typing import Any
 
 import orjson
@@ -357,10 +357,28 @@ def now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def _spoken(text: str) -> Time:
+def read_day(text: str, zone: tzinfo) -> date:
+    """Return the day that a text means: a date, today, yesterday or a day of the week.
+
+    Args:
+        text: what somebody said.
+        zone: where it is said.
+
+    Raises:
+        AuditConfigurationError: it means no day.
+    """
+    day = _spoken(text, zone)
+    if isinstance(day, date) and not isinstance(day, datetime):
+        return day
+    raise AuditConfigurationError(
+        f"{text!r} is no day", hint="give a date such as 2026-11-24, today, yesterday or tuesday"
+    )
+
+
+def _spoken(text: str, zone: tzinfo = timezone.utc) -> Time:
     """Return the day or the moment that a text means, or the text."""
     word = text.strip().lower().removeprefix("last ")
-    moment = now()
+    moment = now().astimezone(zone)
     if word in ("today", "yesterday"):
         return moment.date() - timedelta(days=word == "yesterday")
     if word in DAYS:

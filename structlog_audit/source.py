@@ -154,13 +154,15 @@ class Lines:
 
     Args:
         chunks: the bytes.
+        longest: bytes that a line may have; `LONGEST_LINE` if None.
 
     Attributes:
         tail: bytes behind the last newline, when the lines are exhausted.
     """
 
-    def __init__(self, chunks: Iterable[bytes]) -> None:
+    def __init__(self, chunks: Iterable[bytes], longest: int | None = None) -> None:
         self._chunks = chunks
+        self._longest = longest or LONGEST_LINE
         self.tail = b""
 
     def __iter__(self) -> Iterator[list[bytes]]:
@@ -176,8 +178,8 @@ class Lines:
                 first, *lines = chunk.split(b"\n")
                 begun.append(first)
                 length += len(first)
-                if length > LONGEST_LINE:
-                    raise Unreadable(f"a line has more than {LONGEST_LINE:,} bytes")
+                if length > self._longest:
+                    raise Unreadable(f"a line has more than {self._longest:,} bytes")
                 if lines:
                     rest = lines.pop()
                     yield [b"".join(begun), *lines]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aging import NOW, done, record
 from faults.runner import needs
 from reading import check_cut_short, session_files
 from running import HANG, environment, run_python
@@ -255,7 +256,7 @@ def test_another_key_or_a_damaged_file_does_not_hold(
     with pytest.raises(ExportError, match="not valid"):
         verify_export(tmp_path / "x.zip", [late])
     (tmp_path / "y.zip").write_bytes((tmp_path / "x.zip").read_bytes()[:-200])
-    with pytest.raises(ExportError, match="no export, or was damaged"):
+    with pytest.raises(ExportError, match="the archive is damaged"):
         verify_export(tmp_path / "y.zip", [key.verifier])
     with pytest.raises(AuditConfigurationError, match="cannot read"):
         verify_export(tmp_path / "nowhere.zip", [key.verifier])
@@ -318,6 +319,104 @@ def test_an_export_is_encrypted_to_whoever_shall_read_it(
         exported(log, tmp_path / "y.zip", recipients=["age1"])
 
 
+def test_a_session_that_is_not_what_was_signed_has_no_proof_and_spoils_no_other(
+    log: Path, tmp_path: Path, key: SigningKey
+) -> None:
+    """Edited, cut short, recomputed, or filled with something else: it is told, by its file."""
+    path = session_files(log)[1]
+    whole = path.read_bytes()
+    some = whole.splitlines(keepends=True)
+    for number, (data, count, proven) in enumerate([
+        (whole.replace(b'"n":3', b'"n":4'), 11, 22),
+        (b"".join(some[:-2]), 9, 22),
+        (b"".join([*some[:4], *some[5:]]), 10, 22),
+        (b"".join([*some, *some]), 11, 33),
+        (b"".join(line[:60] + b"}\n" for line in some), 11, 22),
+    ]):  # fmt: skip
+        path.write_bytes(data)
+        done = exported(log, tmp_path / f"{number}.zip", signer=Signer(tmp_path / "audit.key"))
+        assert done.contradicting == {path.name: count}
+        assert (done.proven, done.entries, done.verdict) == (proven, proven + count, "tampered")
+        received = verify_export(tmp_path / f"{number}.zip", [key.verifier])
+        assert (received.proven, received.entries) == (proven, proven + count)
+        assert not received.is_proven
+
+
+def test_a_chain_that_is_broken_in_a_log_without_a_key_is_told(
+    audit_dir: Path, tmp_path: Path, key: SigningKey
+) -> None:
+    """Nothing else shows it there."""
+    handler = AuditHandler(FileSink(audit_dir))
+    for number in range(5):
+        handler.record({"action": "A", "data": {"n": number}})
+    handler.close()
+    (path,) = session_files(audit_dir)
+    path.write_bytes(path.read_bytes().replace(b'"n":3', b'"n":4'))
+
+    assert exported(audit_dir, tmp_path / "x.zip").contradicting == {path.name: 7}
+    assert verify_export(tmp_path / "x.zip", [key.verifier]).manifest["contradicting"] == 7
+
+
+def test_a_checkpoint_by_another_key_takes_no_proof_away(
+    log: Path, tmp_path: Path, key: SigningKey
+) -> None:
+    """The newest one by a known key counts, in its time, and what it covers."""
+    make_key(tmp_path / "other.key")
+    handler = AuditHandler(FileSink(log, signer=Signer(tmp_path / "other.key")))
+    handler.record({"action": "A"})
+    handler.close()
+
+    done = exported(log, tmp_path / "x.zip", keys=[key.verifier])
+    assert (done.entries, done.proven, done.contradicting) == (36, 33, {})
+    assert verify_export(tmp_path / "x.zip", [key.verifier]).proven == 33
+    late = read_keys(f"{key.verifier} since=2100-01-01T00:00:00Z")
+    assert exported(log, tmp_path / "y.zip", keys=late).proven == 0
+
+
+def test_sessions_that_were_pruned_are_counted(tmp_path: Path) -> None:
+    """Or the days on which they were would look as if nothing had happened."""
+    file, log = tmp_path / "audit.key", tmp_path / "audit"
+    public = make_key(file).verifier
+    for days in (200, 199, 80):
+        record(log, days, signer=Signer(file))
+    environ = {"AUDIT_LOG_SIGNING_KEY_FILE": str(file)}
+    done("retain", log, "--keep", "90d", "--yes", **environ)
+    day = (NOW - timedelta(days=200)).date()
+    given: dict[str, Any] = {"signer": Signer(file), "limit": None}
+
+    assert exported(log, tmp_path / "a.zip", first=day, last=day, **given).pruned >= 1
+    whole = exported(log, tmp_path / "b.zip", first=day, last=TODAY, **given)
+    later = exported(log, tmp_path / "c.zip", first=day + timedelta(days=9), last=TODAY, **given)
+    assert (whole.pruned, later.pruned) == (2, 0)
+    assert verify_export(tmp_path / "b.zip", [public]).manifest["pruned"] == 2
+    (tmp_path / "key.pub").write_text(str(public))
+    said = "2 sessions that may have had entries of these days were pruned"
+    assert said in done("export", log, "--from", day, "--to", "today", "--no-limit", "--output",
+                        tmp_path / "d.zip", **environ)  # fmt: skip
+    shown = done("verify-export", tmp_path / "d.zip", "--key", tmp_path / "key.pub")
+    assert f"stated by the exporter: {said}" in shown
+
+
+def test_the_receiver_learns_nothing_of_this_host_nor_of_other_companies(
+    log: Path, tmp_path: Path, key: SigningKey
+) -> None:
+    """No absolute paths; and of the verification only what concerns the entries."""
+    path = session_files(log)[0]
+    path.write_bytes(path.read_bytes().replace(b'"n":3', b'"n":4'))
+    exported(log, tmp_path / "all.zip", keys=[key.verifier])
+    exported(log, tmp_path / "x.zip", keys=[key.verifier], company="acme")
+    for name in ("all.zip", "x.zip"):
+        with zipfile.ZipFile(tmp_path / name) as archive:
+            assert not [
+                each for each in archive.namelist() if str(tmp_path).encode() in archive.read(each)
+            ]
+    (told,) = map(json.loads, lines(tmp_path / "x.zip", "verification.json"))
+    assert told.keys() == {"verdict", "keys", "checkpoint", "findings"}
+    assert told["findings"] == {"edited": 1}
+    (all_,) = map(json.loads, lines(tmp_path / "all.zip", "verification.json"))
+    assert {finding["file"] for finding in all_["findings"]} == {path.name}
+
+
 COMMAND = "import sys; from structlog_audit.__main__ import main; main()"
 
 
@@ -343,7 +442,11 @@ def test_the_commands_hand_over_and_take(log: Path, tmp_path: Path, key: Signing
 
     taken = command("verify-export", tmp_path / "x.zip", "--key", tmp_path / "key.pub")
     assert taken[0] == 0
-    assert "33 of them are proven: in the log example.com/audit" in taken[1]
+    assert "proven: 33 of them are as they were recorded in the log example.com/aud" in taken[1]
+    assert f"signed by {key.verifier}" in taken[1]
+    assert "stated by the exporter: the manifest and the report" in taken[1]
+    assert "stated by the exporter: the log as a whole was valid" in taken[1]
+    assert "not proven: what the exporter left out cannot be seen" in taken[1]
 
     for arguments in (
         ("export", log, "--from", "x", "--to", "2026-01-01", "--output", tmp_path / "z"),
@@ -425,3 +528,71 @@ def test_a_copy_beside_its_original_is_not_exported_as_well(log: Path, tmp_path:
     path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
 
     assert exported(log, tmp_path / "x.zip").entries == 33
+
+
+def test_the_command_that_exports_says_what_cannot_be_proven(
+    log: Path, tmp_path: Path, key: SigningKey
+) -> None:
+    """And tells it by its status."""
+    path = session_files(log)[0]
+    path.write_bytes(path.read_bytes().replace(b'"n":3', b'"n":4'))
+    environ = {"AUDIT_LOG_SIGNING_KEY_FILE": str(tmp_path / "audit.key")}
+    (tmp_path / "key.pub").write_text(str(key.verifier))
+
+    status, shown, error = command(
+        "export", log, "--from", "yesterday", "--to", "Today", "--output", tmp_path / "x.zip",
+        **environ,
+    )  # fmt: skip
+
+    assert (status, "33 entries, 22 of them proven" in shown) == (2, True)
+    assert f"11 entries of {path.name} have no proof" in error
+    assert "the log itself is tampered" in error
+    status, shown, error = command("verify-export", tmp_path / "x.zip", "--key",
+                                   tmp_path / "key.pub")  # fmt: skip
+    assert status == 2
+    assert "stated by the exporter: the log as a whole was tampered" in shown
+    assert "11 of these are in files that were not what the log had signed" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--to", "9999-12-31", "--no-limit"), "more than there are times for"),
+        (("--from", "0001-01-01", "--no-limit", "--calendar", "dubai"), "more than there are"),
+        (("--company", os.fsdecode(b"\xff")), "is no text that an entry can have"),
+        (("--company", ""), "the company to look for is empty"),
+        (("--output", "-"), "an archive is not written to stdout"),
+        (("--to", "2h"), "'2h' is no day"),
+        (("--to", "2026-11-24T10:00"), "is no day"),
+        (("--prefix",), "requires an argument"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_in_words(
+    log: Path, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    """With status 1, as nothing was made."""
+    (tmp_path / "dubai").write_text("zone Asia/Dubai")
+    before = recorded_lines(log)
+    ran = subprocess.run(
+        [sys.executable, "-m", "structlog_audit", "export", log, "--from", "yesterday",
+         "--to", "today", "--output", tmp_path / "x.zip", *arguments], cwd=tmp_path,
+        env=environment(AUDIT_LOG_SIGNING_KEY_FILE=str(tmp_path / "audit.key")),
+        capture_output=True, text=True, timeout=HANG,
+    )  # fmt: skip
+
+    assert ran.returncode == 1
+    assert said in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not list(tmp_path.glob("*.zip"))
+    assert not (tmp_path / "-").exists()
+    assert recorded_lines(log) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FIFOs")
+def test_something_that_is_no_file_is_named(log: Path, tmp_path: Path) -> None:
+    """And what to do with it."""
+    path = log / f"audit-{TODAY:%Y%m%d}-{'a' * 20}.ndjson"
+    os.mkfifo(path)
+
+    with pytest.raises(AuditConfigurationError, match=f"{path}.*move it away"):
+        exported(log, tmp_path / "x.zip")
