@@ -77,7 +77,8 @@ This archive holds entries of an audit log, and what proves that they were recor
   report.html         who did what how often, and what failed, to be read and printed
   verification.json   what a verification of the whole log said when this was made
   manifest.json       what was asked for, and the SHA-256 of each of these files
-  manifest.note       the exporter's signature over the manifest; not there if the log has no key
+  manifest.note       the exporter's signature over the manifest (C2SP signed note); not there if
+                      the log has no key
 
 To verify it, with the public key from somebody you trust:
 

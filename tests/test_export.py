@@ -28,11 +28,13 @@ from structlog_audit import (
     FileSink,
     Receipt,
     Signer,
+    selection,
 )
-from structlog_audit.business import Calendar, read_calendar
+from structlog_audit.business import Calendar, read_calendar, read_zone
 from structlog_audit.export import Exported, export
 from structlog_audit.handover import ExportError, verify_export
 from structlog_audit.note import SigningKey, read_keys
+from structlog_audit.selection import read_day
 from structlog_audit.verify import verify
 
 TODAY = datetime.now(timezone.utc).date()
@@ -92,6 +94,7 @@ def test_an_export_has_the_exact_lines_and_proves_each(
     assert done.entries == done.proven == 33
     received = verify_export(tmp_path / "x.zip", [key.verifier])
     assert (received.entries, received.proven) == (33, 33)
+    assert (received.stated_by, received.is_proven) == ((), False)  # no signer was given
     assert (received.origin or "").startswith("example.com/audit/")
     assert received.manifest["verdict"] == done.verdict == "valid"
     assert b"Audit report" in b"".join(lines(tmp_path / "x.zip", "report.html"))
@@ -175,6 +178,18 @@ def test_a_calendar_is_read_from_text() -> None:
     for text in ("zone UTC\nzone Asia/Dubai", "weekend fri\nweekend sat sun"):
         with pytest.raises(AuditConfigurationError, match="line 2"):
             read_calendar(text)
+
+
+def test_days_are_said_as_to_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the calendar is."""
+    monkeypatch.setattr(selection, "now", lambda: datetime(2026, 11, 24, 22, tzinfo=timezone.utc))
+    dubai = read_zone("Asia/Dubai")
+
+    for text, zone, day in (
+        ("2026-11-16", dubai, 16), ("today", timezone.utc, 24), ("today", dubai, 25),
+        ("Yesterday", dubai, 24), ("tuesday", timezone.utc, 17), ("tuesday", dubai, 24),
+    ):  # fmt: skip
+        assert read_day(text, zone) == date(2026, 11, day)
 
 
 def changed(archive: Path, name: str, change: Callable[[bytes], bytes], *, again: bool) -> Path:
@@ -377,16 +392,16 @@ def test_sessions_that_were_pruned_are_counted(tmp_path: Path) -> None:
     """Or the days on which they were would look as if nothing had happened."""
     file, log = tmp_path / "audit.key", tmp_path / "audit"
     public = make_key(file).verifier
-    for days in (200, 199, 80):
+    for days in (200, 150, 80):
         record(log, days, signer=Signer(file))
     environ = {"AUDIT_LOG_SIGNING_KEY_FILE": str(file)}
     done("retain", log, "--keep", "90d", "--yes", **environ)
     day = (NOW - timedelta(days=200)).date()
     given: dict[str, Any] = {"signer": Signer(file), "limit": None}
 
-    assert exported(log, tmp_path / "a.zip", first=day, last=day, **given).pruned >= 1
+    assert exported(log, tmp_path / "a.zip", first=day, last=day, **given).pruned == 1
     whole = exported(log, tmp_path / "b.zip", first=day, last=TODAY, **given)
-    later = exported(log, tmp_path / "c.zip", first=day + timedelta(days=9), last=TODAY, **given)
+    later = exported(log, tmp_path / "c.zip", first=day + timedelta(days=60), last=TODAY, **given)
     assert (whole.pruned, later.pruned) == (2, 0)
     assert verify_export(tmp_path / "b.zip", [public]).manifest["pruned"] == 2
     (tmp_path / "key.pub").write_text(str(public))

@@ -159,6 +159,9 @@ def test_a_whole_archive_is_proven_and_its_manifest_stated_by_the_exporter(
     assert text == statement(received.origin or "", archive.members["manifest.json"])
     with pytest.raises(NoteError):
         Checkpoint.parse(text)
+    told = " ".join(archive.members["README.txt"].decode().split())
+    assert "What the exporter left out cannot be seen from this archive." in told
+    assert "are as the exporter stated them" in told
 
 
 @pytest.mark.parametrize("what", [*HIDDEN, *SHOWN])
