@@ -166,16 +166,18 @@ class Signer:
             reason = f"the anchor for checkpoints: {error.reason}"
             raise SinkError(reason, persisted="no", hint=error.hint) from error
 
-    def sign(self, tree: Frontier, first_line: bytes, *, with_tree: bool) -> Event:
+    def sign(self, tree: Frontier, first_line: bytes, *, with_tree: bool, acts: int = 0) -> Event:
         """Return what a line with a checkpoint tells.
 
         Args:
             tree: the tree over all lines before it.
             first_line: the journal's first line.
             with_tree: put the tree's hashes into it, for another process to go on from.
+            acts: how many lines in front of it are written together with it, by a command that
+                vouches for them.
         """
         origin = journal_origin(self.keys[0].name, first_line)
-        text = Checkpoint(origin, tree.size, tree.root()).text()
+        text = Checkpoint(origin, tree.size, tree.root(), acts).text()
         hashes = [b64encode(item).decode() for item in tree.hashes]
         return {
             "event": "Checkpoint",

@@ -50,8 +50,8 @@ class Evidence:
         findings: what is wrong with it.
         sessions: what it says of each session.
         holds: all that it tells of, also those that are released, by their names.
-        vouched: lines that tell of holds and tombstones, and that a given key has signed in the
-            same write, as the commands do; or at all, where nothing had been signed before.
+        vouched: lines that tell of holds and tombstones, and that a given key has signed as acts of
+            its own, as the commands do; or at all, where nothing had been signed before.
         checkpoints: notes that a given key has signed.
         others: notes that none of the given keys has signed.
         expired: notes that a given key has signed out of its time.
@@ -177,7 +177,7 @@ class _Reading:
         self._roots: dict[int, bytes] = {}
         self._time = ""
         self._newer = False
-        self._unsigned: list[int] = []  # lines that the next note may vouch for
+        self._unsigned: list[int] = []  # lines of acts that no note covers yet
         self._zeros: tuple[int, int] | None = None  # the last line, if a power failure left zeros
         self._expired: list[tuple[int, int, int, str]] = []
         self._chain = Chain(path, None, visit=self._visit)
@@ -267,27 +267,27 @@ class _Reading:
         elif event == "Prune":
             self._prune(fields, place, offset)
         elif event == "Checkpoint":
-            self._checkpoint(str(fields["note"]), str(fields["time"]), place, offset)
+            self._vouch(self._checkpoint(str(fields["note"]), str(fields["time"]), place, offset))
         elif event is not None:
             self.evidence.add("unreadable", "newer", "it tells of something that this version does "
                               "not know", place, offset)  # fmt: skip
-        self._vouch(event, place)
-
-    def _vouch(self, event: Any, place: int) -> None:
-        """Tell which lines a key vouches for: those that a note follows at once.
-
-        Whoever has no key may append a line as well, and wait until a writer's note covers it. But
-        then that writer's own line stands between the two.
-        """
         if event in ("Hold", "Release", "Prune"):
             self._unsigned.append(place)
-            return
-        if event == "Checkpoint":
-            if self.evidence.signed == place - 1:
-                self.evidence.vouched.update(self._unsigned)
-            self.evidence.is_signed = True
-        if self.evidence.is_signed:  # before that, the first note covers all
-            self._unsigned.clear()
+
+    def _vouch(self, checkpoint: Checkpoint | None) -> None:
+        """Take in which lines a key vouches for: as many in front of its note as that says.
+
+        Whoever has no key may append a line as well, just before somebody signs; so that a note
+        covers a line says nothing of who wrote it. The first note of a journal vouches for all.
+
+        Args:
+            checkpoint: signed by a key that is known; None if it is not.
+        """
+        if checkpoint is not None:
+            before = checkpoint.size - checkpoint.acts if self.evidence.is_signed else 0
+            self.evidence.vouched.update(place for place in self._unsigned if place > before)
+        self.evidence.is_signed = True
+        self._unsigned.clear()
 
     def _begin(self, fields: Mapping[str, Any], place: int, offset: int) -> None:
         if int(fields["format"]) > FORMAT:
@@ -369,13 +369,14 @@ class _Reading:
         self.evidence.add("tampered", "prune", f"it says that a file was pruned, of {why}",
                           place, offset, expected or None, prune.hash)  # fmt: skip
 
-    def _checkpoint(self, note: str, time: str, place: int, offset: int) -> None:
+    def _checkpoint(self, note: str, time: str, place: int, offset: int) -> Checkpoint | None:
+        """Take in a note; return what it signs if a given key has signed it as it should."""
         try:
             text, signers = _opened(note, self._keys)
             checkpoint = Checkpoint.parse(text)
         except NoteError as error:
             self.evidence.add("tampered", "signature", f"its note: {error}", place, offset)
-            return
+            return None
         root = self._tree.root()
         if (checkpoint.size, checkpoint.root) != (self._tree.size, root):
             if not self._is_follow_up():
@@ -395,6 +396,8 @@ class _Reading:
             self.evidence.checkpoints += 1
             self.evidence.signed = checkpoint.size
             self.evidence.times[checkpoint.size] = time
+            return checkpoint
+        return None
 
     def _look_at_expired(self) -> None:
         """Report what was signed out of a key's time, unless a later checkpoint covers it."""

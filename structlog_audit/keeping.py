@@ -124,7 +124,7 @@ class Keeping:
         self._recorder.record({"action": action, "data": {"by": self.by, **data}})
 
     def enter(self, events: Sequence[Event]) -> None:
-        """Enter lines in the journal, signed if there is a key.
+        """Enter lines in the journal; if there is a key, it signs them, and that they are its own.
 
         Raises:
             SinkError: they are not durable.
@@ -136,7 +136,7 @@ class Keeping:
         else:
             journal.append_signed(
                 events,
-                lambda tree, first_line: signer.sign(tree, first_line, with_tree=True),
+                lambda *tree: signer.sign(*tree, with_tree=True, acts=len(events)),
                 signer.restore,
             )
 

@@ -37,6 +37,7 @@ _KEY = re.compile(rf"({_NAME})\+([0-9a-f]{{8}})\+([A-Za-z0-9+/=]+)")
 _SIGNATURE = re.compile(rf"— ({_NAME}) ([A-Za-z0-9+/=]+)")
 _UNFIT = re.compile(r"[\x00-\x09\x0b-\x1f\ud800-\udfff]")
 _SIZE = re.compile(r"0|[1-9][0-9]{0,18}")
+_ACTS = re.compile(r"acts ([1-9][0-9]{0,18})")
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 
@@ -56,11 +57,14 @@ class Checkpoint:
         origin: name of the log.
         size: number of its leaves.
         root: root of its Merkle tree, 32 bytes.
+        acts: how many of its last leaves whoever signed it has written together with it, as an act
+            of their own; the others may be anybody's who could write there.
     """
 
     origin: str
     size: int
     root: bytes
+    acts: int = 0
 
     def __post_init__(self) -> None:
         if not self.origin or "\n" in self.origin or _UNFIT.search(self.origin):
@@ -69,14 +73,20 @@ class Checkpoint:
             raise NoteError("the size of a checkpoint is no number of leaves")
         if len(self.root) != 32:
             raise NoteError("the root of a checkpoint does not have 32 bytes")
+        if not 0 <= self.acts <= self.size:
+            raise NoteError("a checkpoint has not so many leaves for acts")
 
     def text(self) -> str:
         """Return the text to sign."""
-        return f"{self.origin}\n{self.size}\n{b64encode(self.root).decode()}\n"
+        acts = f"acts {self.acts}\n" if self.acts else ""
+        return f"{self.origin}\n{self.size}\n{b64encode(self.root).decode()}\n{acts}"
 
     @classmethod
     def parse(cls, text: str) -> Checkpoint:
-        """Read the text of a note; lines after the third may say anything, and are ignored.
+        """Read the text of a note.
+
+        Lines after the third are extensions. Of these, `acts NUMBER` is ours, and is there once at
+        most; others may say anything, and are ignored.
 
         Raises:
             NoteError: it is no checkpoint.
@@ -89,7 +99,18 @@ class Checkpoint:
         root = _decoded(lines[2])
         if root is None:
             raise NoteError("the root of a checkpoint is no base64")
-        return cls(lines[0], int(lines[1]), root)
+        return cls(lines[0], int(lines[1]), root, _acts(lines[3:]))
+
+
+def _acts(extensions: Sequence[str]) -> int:
+    """Return what the extension lines of a checkpoint say of acts; 0 if nothing."""
+    ours = [line for line in extensions if line.split(" ")[0] == "acts"]
+    if not ours:
+        return 0
+    found = _ACTS.fullmatch(ours[0])
+    if found is None or len(ours) > 1:
+        raise NoteError("the acts of a checkpoint are no number of leaves, or stand there twice")
+    return int(found[1])
 
 
 @dataclass(frozen=True, slots=True)

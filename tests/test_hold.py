@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,35 @@ def test_a_release_that_nothing_signs_releases_nothing(audit_dir: Path, tmp_path
     done("retain", audit_dir, *RETAIN, **environ)
     assert not old.exists()
     assert verify(audit_dir, keys=[public]).verdict == "valid"
+
+
+def test_a_release_just_before_a_hold_is_signed_releases_nothing(
+    audit_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note of a command vouches for what that command has entered, and for nothing else."""
+    key = tmp_path / "audit.key"
+    public = make_key(key).verifier
+    old = record(audit_dir, 200, signer=Signer(key))
+    record(audit_dir, 80, signer=Signer(key))
+    keeping = Keeping(str(audit_dir), Settings(signing_key_file=str(key)))
+    name, enter = keeping.add_hold("case 4711").id, keeping.enter
+
+    def forged(events: list[Any]) -> None:
+        release = {"event": "Release", "id": name, "reason": "over", "by": "mallory"}
+        Journal(str(audit_dir), "audit").append(release)
+        enter(events)
+
+    monkeypatch.setattr(keeping, "enter", forged)
+    keeping.add_hold("another case", since=datetime(2030, 1, 1, tzinfo=timezone.utc))
+    kinds = [event["event"] for event in journal_events(audit_dir)]
+    at = kinds.index("Release")
+    assert kinds[at : at + 3] == ["Release", "Hold", "Checkpoint"]
+
+    plan = keeping.retain(timedelta(days=90), "--keep 90d", None)
+    assert f"it is under the hold {name}: case 4711" in [reason for _, reason in plan.stays]
+    assert old.exists()
+    report = verify(audit_dir, keys=[public])
+    assert [(f.verdict, f.kind) for f in report.findings] == [("incomplete", "unsigned")]
 
 
 def test_a_release_of_nothing_and_a_hold_set_twice_are_tampered(audit_dir: Path) -> None:

@@ -231,6 +231,17 @@ def test_a_checkpoint_is_what_it_was() -> None:
         assert Checkpoint.parse(checkpoint.text() + "an extension\nanother\n") == checkpoint
 
 
+def test_a_checkpoint_says_how_many_leaves_are_acts_of_its_signer() -> None:
+    """In an extension line, among others; without acts there is none."""
+    for acts in (1, 100, 2**63 - 1):
+        checkpoint = Checkpoint("example.com/audit", 2**63 - 1, merkle.EMPTY_ROOT, acts)
+
+        assert checkpoint.text().split("\n")[3:] == [f"acts {acts}", ""]
+        assert Checkpoint.parse(checkpoint.text()) == checkpoint
+        assert Checkpoint.parse(checkpoint.text() + "another\nactsof x\n") == checkpoint
+    assert Checkpoint.parse(f"o\n1\n{ROOT}\n").acts == 0
+
+
 ROOT = b64encode(merkle.EMPTY_ROOT).decode()
 
 
@@ -259,6 +270,15 @@ ROOT = b64encode(merkle.EMPTY_ROOT).decode()
         f"o\n1\n{b64encode(bytes(31)).decode()}\n",
         f"o\n1\n{b64encode(bytes(33)).decode()}\n",
         f"o\r\n1\n{ROOT}\n",
+        f"o\n9\n{ROOT}\nacts\n",
+        f"o\n9\n{ROOT}\nacts 0\n",
+        f"o\n9\n{ROOT}\nacts 01\n",
+        f"o\n9\n{ROOT}\nacts -1\n",
+        f"o\n9\n{ROOT}\nacts ١\n",
+        f"o\n9\n{ROOT}\nacts 10\n",
+        f"o\n9\n{ROOT}\nacts 1 \n",
+        f"o\n9\n{ROOT}\nacts 1\nacts 1\n",
+        f"o\n9\n{ROOT}\nacts {'9' * 5000}\n",
     ],
 )
 def test_what_is_no_checkpoint_is_rejected(text: str) -> None:
@@ -268,7 +288,15 @@ def test_what_is_no_checkpoint_is_rejected(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts", [("", 1, bytes(32)), ("a\nb", 1, bytes(32)), ("o", -1, bytes(32)), ("o", 1, b"")]
+    "parts",
+    [
+        ("", 1, bytes(32)),
+        ("a\nb", 1, bytes(32)),
+        ("o", -1, bytes(32)),
+        ("o", 1, b""),
+        ("o", 1, bytes(32), 2),
+        ("o", 1, bytes(32), -1),
+    ],
 )
 def test_a_checkpoint_that_could_not_be_read_again_is_not_made(parts: Any) -> None:
     """Above all one whose origin would be two lines."""
@@ -486,7 +514,7 @@ def test_another_implementation_in_python_agrees_on_every_mangled_note() -> None
     theirs = pytest.importorskip("aics_tlog", reason="the other implementation needs Python 3.12")
     key = key_of()
     their_key = theirs.parse_vkey(str(key.verifier))
-    checkpoint = Checkpoint("example.com/audit", 7, merkle.leaf_hash(b"x"))
+    checkpoint = Checkpoint("example.com/audit", 7, merkle.leaf_hash(b"x"), acts=2)
 
     def their_verdict(note: str) -> str | None:
         try:
@@ -543,7 +571,7 @@ def test_go_agrees_on_notes_checkpoints_and_proofs() -> None:
     inclusion = [merkle.inclusion_proof(leaves, place, size) for size, place in places]
     consistency = [merkle.consistency_proof(leaves, place + 1, size) for size, place in places]
     key = key_of()
-    checkpoint = Checkpoint(key.name, 40, roots[40])
+    checkpoint = Checkpoint(key.name, 40, roots[40], acts=2)
     notes = mangled(sign(checkpoint.text(), [key]))
     answer = ask_go({
         "keys": [str(key.verifier)], "notes": notes, "private": key.reveal(), "text": TEXT,

@@ -430,8 +430,11 @@ def pruned(log: Log) -> dict[str, Any]:
 def _enter(log: Log, *events: dict[str, Any], sign: bool = True) -> None:
     journal = Journal(str(log.directory), "audit")
     if sign:
-        journal.append_signed(events, lambda *tree: log.signer.sign(*tree, with_tree=True),
-                              log.signer.restore)  # fmt: skip
+        journal.append_signed(
+            events,
+            lambda *tree: log.signer.sign(*tree, with_tree=True, acts=len(events)),
+            log.signer.restore,
+        )
     else:
         journal.append(*events)
 
@@ -466,12 +469,37 @@ def test_a_tombstone_that_another_key_signs_makes_it_incomplete(
     make_key(tmp_path / "other.key", "example.com/other")
     other = Signer(tmp_path / "other.key")
     Journal(str(log.directory), "audit").append_signed(
-        [pruned], lambda *tree: other.sign(*tree, with_tree=False), other.restore
+        [pruned], lambda *tree: other.sign(*tree, with_tree=False, acts=1), other.restore
     )
     log.record(1)
     report = log.verify()
     assert report.verdict == "incomplete"
     assert [f.kind for f in report.findings] == ["unsigned"]
+
+
+@pytest.mark.parametrize("signs", ["a hold", "a tombstone", "a checkpoint"])
+def test_a_tombstone_just_before_somebody_signs_is_not_vouched_for(
+    log: Log, pruned: dict[str, Any], signs: str
+) -> None:
+    """A note says how many of the lines in front of it are its signer's own."""
+    other = log.record(150)
+    log.record(75)
+    _enter(log, pruned, sign=False)
+    if signs == "a hold":
+        _enter(log, {"event": "Hold", "id": "x", "reason": "x", "by": "x"})
+    elif signs == "a tombstone":
+        close = [e for e in journal_events(log.directory) if e["event"] == "Close"][-2]
+        told = {name: close[name] for name in ("file", "session", "sequence", "hash")}
+        assert told["file"] == other.name
+        _enter(log, {**pruned, **told})
+        other.unlink()
+    else:
+        _enter(log)
+
+    report = log.verify()
+    assert report.verdict == "incomplete"
+    assert [f.kind for f in report.findings] == ["unsigned"]
+    assert pruned["file"] in report.findings[0].file
 
 
 def test_a_tombstone_that_was_added_to_a_real_one_changes_nothing(log: Log) -> None:
