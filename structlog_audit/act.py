@@ -5,17 +5,26 @@
 2. The entry goes where the service's entries go if the environment names this very log, perhaps
    to a server as well; otherwise to the directory.
 3. It is durable before the act happens.
+4. Where the act is lines of the journal, the entry's session ends behind them: who cuts these off
+   leaves a session without an end, which verification sees.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from structlog_audit.entry import Receipt
 from structlog_audit.evidence import Evidence, read_journal
-from structlog_audit.exceptions import AuditConfigurationError, SinkError, from_oserror
+from structlog_audit.exceptions import (
+    AuditConfigurationError,
+    AuditError,
+    SinkError,
+    from_oserror,
+)
 from structlog_audit.handler import AuditHandler
 from structlog_audit.names import journal_name
 from structlog_audit.note import VerifierKey
@@ -24,6 +33,7 @@ from structlog_audit.sinks import _durable
 from structlog_audit.sinks.file import FileSink
 from structlog_audit.values import well_formed
 
+_log = logging.getLogger("structlog_audit")
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _OF_A_COPY = (
     "if this is a copy, do it where the log is written: search, show, report and verify only read"
@@ -170,6 +180,27 @@ class Recorder:
             return handler.record(entry)
         finally:
             handler.close()
+
+    @contextlib.contextmanager
+    def recording(self, entry: Mapping[str, object]) -> Iterator[Receipt]:
+        """Record an act before it happens, in a session that ends when the act is done.
+
+        A session that cannot be ended is logged: the act was done all the same, or failed by an
+        error that tells more.
+
+        Raises:
+            AuditError: it is not durable; the act must not happen.
+        """
+        handler = self._handler()
+        try:
+            yield handler.record(entry)
+        finally:
+            try:
+                handler.close()
+            except AuditError as error:
+                _log.error("the session of %s in %s could not be ended, and what was recorded "
+                           "and done before stays: %s",
+                           entry["action"], self.directory, error.reason)  # fmt: skip
 
     def _handler(self) -> AuditHandler:
         named = self._settings.directory or ""

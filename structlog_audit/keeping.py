@@ -20,7 +20,7 @@ from typing import Any
 from structlog_audit import copies
 from structlog_audit.act import Recorder, user
 from structlog_audit.copies import CopyDiffers
-from structlog_audit.entry import timestamp
+from structlog_audit.entry import Receipt, timestamp
 from structlog_audit.exceptions import AuditConfigurationError, from_oserror
 from structlog_audit.holds import Hold, To
 from structlog_audit.journal import Event, Journal
@@ -120,8 +120,10 @@ class Keeping:
             _durable.close(lock)
             place.close()
 
-    def _record(self, action: str, data: dict[str, Any]) -> None:
-        self._recorder.record({"action": action, "data": {"by": self.by, **data}})
+    def _recording(
+        self, action: str, data: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[Receipt]:
+        return self._recorder.recording({"action": action, "data": {"by": self.by, **data}})
 
     def enter(self, events: Sequence[Event]) -> None:
         """Enter lines in the journal; if there is a key, it signs them, and that they are its own.
@@ -158,14 +160,15 @@ class Keeping:
             if not plan.goes:
                 return plan
             with self._archive(archive) as target:
-                self._record(RETAIN_ACTION, {
+                told = {
                     "policy": policy, "sessions": len(plan.goes), "stays": len(plan.stays),
                     "bytes": sum(session.size for session in plan.goes),
                     **({} if target is None else {"archive": target.path}),
-                })  # fmt: skip
-                for start in range(0, len(plan.goes), BATCH):
-                    batch = plan.goes[start : start + BATCH]
-                    self._prune(place, target, batch, policy)
+                }  # fmt: skip
+                with self._recording(RETAIN_ACTION, told):
+                    for start in range(0, len(plan.goes), BATCH):
+                        batch = plan.goes[start : start + BATCH]
+                        self._prune(place, target, batch, policy)
             return plan
 
     def _prune(
@@ -271,8 +274,8 @@ class Keeping:
         told = {"id": new_session_id()[:8], "reason": well_formed(reason), **period}
         with self.at_work():
             self._recorder.check_signer(self.survey().evidence)
-            self._record(HOLD_ACTION, told)
-            self.enter([{"event": "Hold", **told, "by": self.by}])
+            with self._recording(HOLD_ACTION, told):
+                self.enter([{"event": "Hold", **told, "by": self.by}])
         return self.survey().evidence.holds[told["id"]]
 
     def release_hold(self, name: str, reason: str) -> Hold:
@@ -293,8 +296,8 @@ class Keeping:
                 )
             self._recorder.check_signer(survey.evidence)
             told = {"id": name, "reason": well_formed(reason)}
-            self._record(RELEASE_ACTION, told)
-            self.enter([{"event": "Release", **told, "by": self.by}])
+            with self._recording(RELEASE_ACTION, told):
+                self.enter([{"event": "Release", **told, "by": self.by}])
         return self.survey().evidence.holds[name]
 
 

@@ -13,7 +13,13 @@ from forging import lines_of, put
 from reading import recorded
 from signing import make_key
 
-from structlog_audit import AuditConfigurationError, Settings, Signer
+from structlog_audit import (
+    AuditConfigurationError,
+    AuditHandler,
+    AuditTimeoutError,
+    Settings,
+    Signer,
+)
 from structlog_audit.journal import Journal
 from structlog_audit.keeping import Keeping
 from structlog_audit.verify import verify
@@ -71,7 +77,8 @@ def test_a_hold_with_a_period_covers_the_sessions_in_it(audit_dir: Path) -> None
 def test_each_change_of_a_hold_is_an_entry_and_a_line_that_is_signed(
     audit_dir: Path, tmp_path: Path
 ) -> None:
-    """The entry is first; a note stands behind the line; the user is that of the system."""
+    """The entry is first, its session ends last; a note stands behind the line; the user is that
+    of the system."""
     key, environ = (
         tmp_path / "audit.key",
         {"AUDIT_LOG_SIGNING_KEY_FILE": str(tmp_path / "audit.key")},
@@ -93,7 +100,12 @@ def test_each_change_of_a_hold_is_an_entry_and_a_line_that_is_signed(
     assert "since" not in hold
     for kind in ("Hold", "Release"):
         at = kinds.index(kind)
-        assert kinds[at - 1 : at + 2] == ["Checkpoint", kind, "Checkpoint"]
+        assert kinds[at + 1] == "Checkpoint"
+        opened, closed = (
+            [n for n, event in enumerate(events) if (event["event"], event.get("session")) ==
+             (edge, entries[kind == "Release"]["session"])] for edge in ("Open", "Close")
+        )  # fmt: skip
+        assert opened < [at] < closed
     assert verify(audit_dir, keys=[public]).verdict == "valid"
 
 
@@ -245,6 +257,46 @@ def test_a_release_of_nothing_and_a_hold_set_twice_are_tampered(audit_dir: Path)
     journal = Journal(str(audit_dir), "audit")
     journal.append({"event": "Release", "id": "none", "reason": "over", "by": "x"})
     assert [f.kind for f in verify(audit_dir).findings] == ["inserted"]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_hold_that_is_cut_off_the_end_of_the_journal_is_noticed(
+    audit_dir: Path, tmp_path: Path, *, signed: bool
+) -> None:
+    """The end of the session that records it goes with it."""
+    key = tmp_path / "audit.key"
+    keys = [make_key(key).verifier] if signed else []
+    record(audit_dir, 80, signer=Signer(key) if signed else None)
+    add(audit_dir, **({"AUDIT_LOG_SIGNING_KEY_FILE": str(key)} if signed else {}))
+    assert verify(audit_dir, keys=keys).verdict == "valid"
+
+    path = audit_dir / "audit-journal.ndjson"
+    lines = lines_of(path)
+    put(path, lines[: [b'"event":"Hold"' in line for line in lines].index(True)])
+
+    report = verify(audit_dir, keys=keys)
+    assert [(f.verdict, f.kind) for f in report.findings] == [("incomplete", "unfinished")]
+
+
+def test_a_hold_is_set_although_its_session_cannot_be_ended(
+    audit_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is told that it failed; what did is logged."""
+    record(audit_dir, 80)
+    real = AuditHandler.close
+
+    def close(handler: AuditHandler) -> None:
+        real(handler)
+        raise AuditTimeoutError("it hangs", persisted="unknown", sink="x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuditHandler, "close", close)
+        hold = Keeping(str(audit_dir), Settings()).add_hold("case 4711")
+
+    assert hold.released is None
+    assert "the session of AuditHoldAdd in" in caplog.text
+    assert "could not be ended, and what was recorded and done before stays" in caplog.text
+    assert hold.id in done("hold", "list", audit_dir)
 
 
 def test_a_hold_that_is_taken_out_of_the_journal_is_noticed(audit_dir: Path) -> None:
