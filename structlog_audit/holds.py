@@ -125,6 +125,21 @@ class Prune:
                    str(fields["time"]), line)  # fmt: skip
 
 
+def check(event: Mapping[str, Any]) -> None:
+    """Read what is to be a line of the journal, as it is read from there.
+
+    Raises:
+        KeyError, TypeError, ValueError: it would be no such line.
+    """
+    fields = {**event, "time": ""}
+    if event["event"] == "Hold":
+        Hold.parse(fields)
+    elif event["event"] == "Release":
+        Hold(str(fields["id"]), "", "", "").release(fields, 0)
+    else:
+        Prune.parse(fields, 0)
+
+
 def in_force(
     holds: Iterable[Hold], first: datetime | None, last: datetime | None
 ) -> tuple[Hold, ...]:

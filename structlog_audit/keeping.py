@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from structlog_audit import copies
+from structlog_audit import copies, holds
 from structlog_audit.act import Recorder, user
 from structlog_audit.copies import CopyDiffers
 from structlog_audit.entry import Receipt, timestamp
 from structlog_audit.exceptions import AuditConfigurationError, from_oserror
-from structlog_audit.holds import Hold, To
+from structlog_audit.holds import Hold, To, parse_time
 from structlog_audit.journal import Event, Journal
 from structlog_audit.note import VerifierKey
 from structlog_audit.retention import Session
@@ -130,7 +130,11 @@ class Keeping:
 
         Raises:
             SinkError: they are not durable.
+            AuditConfigurationError: they could not be read back, and the journal would be taken
+                for tampered ever after.
         """
+        for event in events:
+            _check_readable(event)
         journal = Journal(self.directory, self.prefix, follow=self._settings.allow_unsafe_dir)
         signer = self._recorder.signer
         if signer is None:
@@ -267,15 +271,17 @@ class Keeping:
         if since is not None and until is not None and since >= until:
             raise AuditConfigurationError("the period of the hold ends before it begins")
         period = {
-            name: timestamp(int(time.timestamp()) * 1_000_000)
+            name: _written(time)
             for name, time in (("since", since), ("until", until))
             if time is not None
         }
         told = {"id": new_session_id()[:8], "reason": well_formed(reason), **period}
+        event = {"event": "Hold", **told, "by": self.by}
+        _check_readable(event)  # before anything is recorded
         with self.at_work():
             self._recorder.check_signer(self.survey().evidence)
             with self._recording(HOLD_ACTION, told):
-                self.enter([{"event": "Hold", **told, "by": self.by}])
+                self.enter([event])
         return self.survey().evidence.holds[told["id"]]
 
     def release_hold(self, name: str, reason: str) -> Hold:
@@ -299,6 +305,32 @@ class Keeping:
             with self._recording(RELEASE_ACTION, told):
                 self.enter([{"event": "Release", **told, "by": self.by}])
         return self.survey().evidence.holds[name]
+
+
+def _written(time: datetime) -> str:
+    """Return a time as a line of the journal has it.
+
+    Raises:
+        AuditConfigurationError: it could not be read from there.
+    """
+    text = timestamp(int(time.timestamp()) * 1_000_000)
+    try:
+        parse_time(text)
+    except ValueError:
+        raise AuditConfigurationError(
+            f"the time {time.isoformat()} is out of the range of the journal",
+            hint="give one of the years 1000 to 9999, in UTC; or none, if the period is open",
+        ) from None
+    return text
+
+
+def _check_readable(event: Event) -> None:
+    try:
+        holds.check(event)
+    except (KeyError, TypeError, ValueError):
+        raise AuditConfigurationError(
+            f"a line {event['event']} like that could not be read back, so it is not written"
+        ) from None
 
 
 def _archived(place: Directory, archive: Directory | None, session: Session) -> str | None:

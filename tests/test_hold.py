@@ -146,6 +146,14 @@ def test_the_list_shows_holds_in_force_and_json_all_of_them(audit_dir: Path) -> 
         (["add", "--reason", "x", "--since", "yesterday"], "is no day and no time"),
         (["add", "--reason", "x", "--until", "2026-01-01T10:00:00"], "is no day and no time"),
         (["add", "--reason", "x", "--until", "9999-12-31"], "is no day and no time"),
+        (["add", "--reason", "x", "--since", "0202-01-01"], "out of the range of the journal"),
+        (["add", "--reason", "x", "--since", "0999-12-31"], "out of the range of the journal"),
+        (
+            ["add", "--reason", "x", "--since", "1000-01-01T00:00:00+00:01"],
+            "time 1000-01-01T00:00:00+00:01 is out of the range",
+        ),
+        (["add", "--reason", "x", "--since", "0001-01-01T00:00:00+05:00"], "out of the range"),
+        (["add", "--reason", "x", "--until", "9999-12-31T23:59:59-05:00"], "out of the range"),
         (["add", "--reason", "x", "--since", "2026-02-02", "--until", "2026-02-01"], "ends before"),
         (["release", "nobody", "--reason", "x"], "there is no hold 'nobody' in force"),
     ],
@@ -161,6 +169,35 @@ def test_a_wrong_use_is_refused_and_leaves_nothing(
     assert ran.stderr.startswith("error: ")
     assert told in ran.stderr
     assert {**contents(audit_dir), ".keeping.lock": b""} == {**before, ".keeping.lock": b""}
+
+
+def test_the_first_and_the_last_time_of_a_hold_are_read_back(audit_dir: Path) -> None:
+    """Years of four digits, in UTC."""
+    record(audit_dir, 80)
+    add(audit_dir, "--since", "1000-01-01", "--until", "9999-12-31T23:59:59Z")
+    shown = done("hold", "list", audit_dir)
+    assert " from 1000-01-01 00:00:00Z until 9999-12-31 23:59:59Z:" in shown
+    assert verify(audit_dir).verdict == "valid"
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "Hold", "id": "x", "reason": "x", "by": "x", "since": "202-01-01T00:00:00Z"},
+        {"event": "Release", "id": "x", "reason": "x"},
+        {"event": "Prune", "file": "x", "sequence": "x", "hash": "", "reason": "", "by": "",
+         "to": "removed"},
+    ],
+)  # fmt: skip
+def test_a_line_that_would_not_be_read_back_is_not_entered(
+    audit_dir: Path, event: dict[str, Any]
+) -> None:
+    """The log would be tampered for ever."""
+    record(audit_dir, 80)
+    before = contents(audit_dir)
+    with pytest.raises(AuditConfigurationError, match="could not be read back"):
+        Keeping(str(audit_dir), Settings()).enter([event])
+    assert contents(audit_dir) == before
 
 
 def test_a_hold_is_released_once(audit_dir: Path) -> None:
