@@ -37,7 +37,7 @@ class Session:
         entered: the journal knows it.
         ended: the journal knows how it ended.
         alive: somebody is writing it.
-        newest: no session of the journal began later.
+        newest: no session that is there began later.
         signed: its end is covered by a signature, where there have to be some.
         shipped: a forwarder has shipped all of it, where there is one.
         doubled: both the file and a compressed copy are there.

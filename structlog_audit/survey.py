@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from structlog_audit.chain import line_hash
 from structlog_audit.cursor import STATE
+from structlog_audit.directory import find
 from structlog_audit.evidence import Evidence, read_journal
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.facts import Facts
@@ -94,8 +95,14 @@ class Survey:
         Args:
             cutoff: its last entry must be older.
             compressing: nothing is to go, but its form: holds do not forbid that.
+
+        Raises:
+            AuditConfigurationError: sessions are to go, and others have gone without a trace.
         """
-        past, younger = self._past(cutoff)
+        forms = self._forms()
+        if not compressing:
+            self._check_gone(forms)
+        past, younger = self._past(cutoff, forms)
         holds = self.holds()
         if compressing:
             holds = []
@@ -111,7 +118,8 @@ class Survey:
                 stays.append((session, reason))
         return Plan(tuple(goes), tuple(stays), younger)
 
-    def _past(self, cutoff: datetime) -> tuple[list[Session], int]:
+    def _forms(self) -> dict[str, list[str]]:
+        """Return the session files that are there, and the names of each: its own, or a copy's."""
         forms: dict[str, list[str]] = {}
         named = session_names(self.prefix)
         for name in sorted(os.listdir(self.directory)):
@@ -119,8 +127,58 @@ class Survey:
                          name)  # fmt: skip
             if named.fullmatch(plain):
                 forms.setdefault(plain, []).append(name)
+        return forms
+
+    def _check_gone(self, there: Container[str]) -> None:
+        """Make sure that no session is gone without a tombstone that counts.
+
+        The journal was read before the files were listed, so what it knows was there; but somebody
+        may have compressed or pruned it meanwhile.
+        """
+        if all(find(self.directory, name) for name in self._gone(there)):
+            return
+        self.evidence = self._read()
+        gone = [name for name in self._gone(there) if find(self.directory, name) is None]
+        if gone:
+            more = f" and {len(gone) - 1:,} more" if len(gone) > 1 else ""
+            raise AuditConfigurationError(
+                f"{os.path.join(self.directory, min(gone))}{more} is gone, and the journal has no "
+                "tombstone of it that can be relied on, so nothing goes",
+                hint="run structlog-audit verify on the directory; put the file back if it was "
+                "moved away, or else leave all as it is, and find out who it was; after a change "
+                "of keys, --key names the earlier public key",
+            )
+
+    def _gone(self, there: Container[str]) -> list[str]:
+        """Return the files that the journal has no tombstone of, and that were not listed."""
+        counts = self.evidence.vouched if self._keys else None
+        return [
+            facts.file
+            for facts in self.evidence.sessions.values()
+            if facts.file and facts.file not in there
+            and not any(counts is None or prune.line in counts for prune in facts.prunes)
+        ]  # fmt: skip
+
+    def _newest(self, forms: Container[str]) -> set[str]:
+        """Return the newest session by the journal, and the newest by the names of the files.
+
+        They differ when a clock was set back. Only files that are there count: a line of the
+        journal alone may be anybody's.
+        """
+        here = [item for item in self.evidence.sessions.items() if item[1].file in forms]
+
+        def by_line(item: tuple[str, Facts]) -> int:
+            return item[1].points[0].line
+
+        def by_day(item: tuple[str, Facts]) -> tuple[str, int]:
+            begin = len(self.prefix) + 1
+            return item[1].file[begin : begin + 8], by_line(item)
+
+        return {max(here, key=by_line)[0], max(here, key=by_day)[0]} if here else set()
+
+    def _past(self, cutoff: datetime, forms: Mapping[str, list[str]]) -> tuple[list[Session], int]:
         facts = {each.file: (name, each) for name, each in self.evidence.sessions.items()}
-        newest = max(facts.values(), key=lambda each: each[1].points[0].line, default=("", Facts()))
+        newest = self._newest(forms)
         past, younger = [], 0
         for plain, names in forms.items():
             session, known = facts.get(plain, ("", None))
@@ -131,7 +189,7 @@ class Survey:
             found = _look(os.path.join(self.directory, names[0]), plain)
             if known is not None:
                 found = self._with_facts(found, session, known)
-            found = replace(found, newest=session == newest[0] != "", doubled=len(names) > 1,
+            found = replace(found, newest=session in newest, doubled=len(names) > 1,
                             shipped=self._is_shipped(found))  # fmt: skip
             if found.is_past(cutoff):
                 past.append(found)

@@ -22,8 +22,9 @@ from signing import make_key
 from structlog_audit import AuditHandler, FileSink, Settings, Signer, copies
 from structlog_audit.forward import Forwarder
 from structlog_audit.journal import Journal
-from structlog_audit.keeping import Keeping
+from structlog_audit.keeping import Keeping, cutoff_of
 from structlog_audit.note import VerifierKey
+from structlog_audit.survey import Survey
 from structlog_audit.testing import MemorySink
 from structlog_audit.verify import verify
 
@@ -171,6 +172,87 @@ def test_an_archive_that_is_none_is_refused(log: Log, tmp_path: Path, which: str
     assert ran.returncode == 1
     assert ran.stderr.startswith("error: the archive")
     assert len(session_files(log.directory)) == 2
+
+
+def forged_open(log: Log) -> str:
+    """Enter a session in the journal, without a key, that was never there; return its file."""
+    name = f"audit-20991231-{'z' * 20}.ndjson"
+    Journal(str(log.directory), "audit").append(
+        {"event": "Open", "file": name, "session": "z" * 20, "sequence": 2, "hash": "0" * 64}
+    )
+    return name
+
+
+@pytest.mark.parametrize("how", ["never there", "removed", "removed with a forged tombstone"])
+def test_nothing_goes_where_a_session_has_gone_without_a_tombstone(log: Log, how: str) -> None:
+    """It is said which one, and what to do."""
+    files = [log.record(days) for days in (200, 190, 180)]
+    gone = files[1]
+    if how == "never there":
+        gone = log.directory / forged_open(log)
+    elif how == "removed":
+        gone.unlink()
+    else:
+        told = next(e for e in journal_events(log.directory)
+                    if e["event"] == "Close" and e["file"] == gone.name)  # fmt: skip
+        prune = {name: told[name] for name in ("file", "session", "sequence", "hash")}
+        _enter(log, {"event": "Prune", "reason": "x", "by": "x", "to": "removed", **prune},
+               sign=False)  # fmt: skip
+        gone.unlink()
+    before = contents(log.directory)
+
+    for words in ([], ["--yes"]):
+        ran = command("retain", log.directory, *KEEP, *words, **log.environ)
+        assert ran.returncode == 1
+        assert ran.stderr.startswith(f"error: {gone} is gone, and the journal has no tombstone")
+        assert "\nhint: run structlog-audit verify on the directory; put the file" in ran.stderr
+    assert {**contents(log.directory), ".keeping.lock": b""} == {**before, ".keeping.lock": b""}
+
+
+def test_a_session_that_is_in_the_journal_alone_is_not_the_newest(log: Log) -> None:
+    """That one is among those that are there."""
+    log.record(200)
+    newest = log.record(190)
+    forged_open(log)
+
+    plan = log.keeping().plan_compression(timedelta(days=90))
+
+    assert [(s.file, why) for s, why in plan.stays] == [(newest.name, "it is the newest session")]
+
+
+def test_after_a_clock_was_set_back_both_that_may_be_the_newest_stay(log: Log) -> None:
+    """The journal says it, or the name."""
+    log.record(200)
+    files = [log.record(190), log.record(195)]
+
+    shown = log.retain("--yes")
+
+    assert "1 session gone" in shown
+    for path in files:
+        assert f"{path.name}: it is the newest session" in shown
+
+
+@pytest.mark.parametrize("how", ["pruned", "compressed"])
+def test_a_file_that_goes_while_a_plan_is_made_is_not_missed(
+    log: Log, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The journal was read before, and another process was at work."""
+    log.record(200)
+    log.record(80)
+    real = Survey._forms
+
+    def forms(survey: Survey) -> Any:
+        monkeypatch.setattr(Survey, "_forms", real)
+        if how == "pruned":
+            log.keeping().retain(timedelta(days=90), "--keep 90d", None)
+            return real(survey)
+        listed = real(survey)  # a listing may miss the new name, and the old one as well
+        log.keeping().compress(timedelta(days=90))
+        return {name: each for name, each in listed.items() if (log.directory / name).exists()}
+
+    monkeypatch.setattr(Survey, "_forms", forms)
+    plan = log.keeping().survey().plan(cutoff_of(timedelta(days=90)))
+    assert (plan.goes, plan.stays) == ((), ())
 
 
 @pytest.fixture
@@ -457,7 +539,7 @@ def test_a_tombstone_that_is_not_signed_at_once_makes_it_incomplete(
     told = [log.verify()]
     record(log.directory, 1, signer=log.signer)
     told.append(log.verify())
-    log.retain("--yes")
+    log.keeping().add_hold("case 4711")
     told.append(log.verify())
     for report in told:
         assert report.verdict == "incomplete"
