@@ -139,6 +139,23 @@ class Recorder:
             return self.journal, os.lstat(self.journal).st_uid
         return self.directory, owner
 
+    def check_reader(self, evidence: Evidence) -> None:
+        """Make sure that we can tell what a key of the log's has signed, if the log is signed.
+
+        Args:
+            evidence: what its journal says, read with our keys.
+
+        Raises:
+            AuditConfigurationError: none of them has signed it: anybody may have written what it
+                says of holds.
+        """
+        if evidence.others and not evidence.checkpoints:
+            raise AuditConfigurationError(
+                f"the journal {self.journal} is signed, and no key that signed it is given",
+                hint="--key FILE names the public key of the log, after a change of keys the "
+                "earlier one as well; or set AUDIT_LOG_SIGNING_KEY_FILE as the service has it",
+            )
+
     def check_signer(self, evidence: Evidence) -> None:
         """Make sure that what we write is signed by a key of the log's, if the log is signed.
 

@@ -91,7 +91,16 @@ class Keeping:
         self.outcome = Outcome()
 
     def survey(self) -> Survey:
-        """Look at the directory, and change nothing."""
+        """Look at the directory, and change nothing.
+
+        Raises:
+            AuditConfigurationError: its journal cannot be relied on, or only with a key.
+        """
+        survey = self._survey()
+        self._recorder.check_reader(survey.evidence)
+        return survey
+
+    def _survey(self) -> Survey:
         return Survey(self.directory, self.prefix, self._recorder.keys)
 
     @contextlib.contextmanager
@@ -158,7 +167,7 @@ class Keeping:
             AuditError: it cannot be done, or not all of it. What was not done is as it was.
         """
         with self.at_work() as place:
-            survey = self.survey()
+            survey = self._survey()
             self._recorder.check_signer(survey.evidence)
             plan = survey.plan(cutoff_of(keep))
             if not plan.goes:
@@ -251,7 +260,7 @@ class Keeping:
 
     def plan_compression(self, age: timedelta) -> Plan:
         """Tell what would be compressed."""
-        return self.survey().plan(cutoff_of(age), compressing=True)
+        return self._survey().plan(cutoff_of(age), compressing=True)
 
     def add_hold(
         self, reason: str, since: datetime | None = None, until: datetime | None = None
@@ -279,10 +288,10 @@ class Keeping:
         event = {"event": "Hold", **told, "by": self.by}
         _check_readable(event)  # before anything is recorded
         with self.at_work():
-            self._recorder.check_signer(self.survey().evidence)
+            self._recorder.check_signer(self._survey().evidence)
             with self._recording(HOLD_ACTION, told):
                 self.enter([event])
-        return self.survey().evidence.holds[told["id"]]
+        return self._survey().evidence.holds[told["id"]]
 
     def release_hold(self, name: str, reason: str) -> Hold:
         """Release a hold.
@@ -294,17 +303,17 @@ class Keeping:
         if not reason.strip():
             raise AuditConfigurationError("a release needs a reason")
         with self.at_work():
-            survey = self.survey()
+            survey = self._survey()
+            self._recorder.check_signer(survey.evidence)
             hold = next((each for each in survey.holds() if each.id == name), None)
             if hold is None or hold.released is not None:
                 raise AuditConfigurationError(
                     f"there is no hold {name!r} in force", hint="structlog-audit hold list"
                 )
-            self._recorder.check_signer(survey.evidence)
             told = {"id": name, "reason": well_formed(reason)}
             with self._recording(RELEASE_ACTION, told):
                 self.enter([{"event": "Release", **told, "by": self.by}])
-        return self.survey().evidence.holds[name]
+        return self._survey().evidence.holds[name]
 
 
 def _written(time: datetime) -> str:

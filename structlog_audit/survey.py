@@ -75,11 +75,14 @@ class Survey:
                 "another one; without a journal nothing can be kept, or go",
             )
         evidence = read_journal(self.journal, self.prefix, self._keys, ())
+        unsigned = self._not_as_written("nothing in it is signed by the given keys")
+        if self._keys and evidence.others and not evidence.checkpoints:
+            raise unsigned  # first: what else is wrong with it may be for want of the right one
         wrong = [f for f in evidence.findings if f.kind != "torn"]
         if wrong or not evidence.readable:
             raise self._not_as_written(wrong[0].reason if wrong else "it cannot be read")
         if self._keys and not evidence.signed and evidence.unsigned_endings():
-            raise self._not_as_written("nothing in it is signed by the given keys")
+            raise unsigned
         return evidence
 
     def _not_as_written(self, reason: str) -> AuditConfigurationError:

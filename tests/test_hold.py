@@ -288,6 +288,33 @@ def test_a_release_just_before_a_hold_is_signed_releases_nothing(
     assert [(f.verdict, f.kind) for f in report.findings] == [("incomplete", "unsigned")]
 
 
+def test_what_a_signed_journal_says_of_holds_is_not_shown_without_a_key(
+    audit_dir: Path, tmp_path: Path
+) -> None:
+    """A release in it may be anybody's. The public key will do."""
+    key, public, other = tmp_path / "audit.key", tmp_path / "audit.pub", tmp_path / "other.key"
+    public.write_text(str(make_key(key).verifier))
+    make_key(other)
+    old = record(audit_dir, 200, signer=Signer(key))
+    record(audit_dir, 80, signer=Signer(key))
+    name = add(audit_dir, AUDIT_LOG_SIGNING_KEY_FILE=str(key))
+    Journal(str(audit_dir), "audit").append(
+        {"event": "Release", "id": name, "reason": "over", "by": "mallory"}
+    )
+
+    shown = {"list": ["hold", "list", audit_dir], "plan": ["retain", audit_dir, "--keep", "90d"]}
+    for words in shown.values():
+        ran = command(*words)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert "is signed, and no key that signed it is given" in ran.stderr
+        assert "hint: --key FILE names the public key of the log" in ran.stderr
+        ran = command(*words, AUDIT_LOG_SIGNING_KEY_FILE=str(other))
+        assert "nothing in it is signed by the given keys" in ran.stderr
+    assert done(*shown["list"], "--key", public).startswith(f"{name} all sessions")
+    told = done(*shown["plan"], "--key", public)
+    assert f"{old.name}: it is under the hold {name}" in told
+
+
 def test_a_release_of_nothing_and_a_hold_set_twice_are_tampered(audit_dir: Path) -> None:
     """The commands write neither."""
     record(audit_dir, 80)

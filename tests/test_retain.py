@@ -419,6 +419,28 @@ def test_after_a_change_of_keys_the_earlier_public_key_is_named(log: Log, tmp_pa
     assert [each.signed for each in report.pruned] == [True]
 
 
+@pytest.mark.parametrize("what", ["retain", "compress", "hold"])
+def test_a_key_that_has_signed_nothing_is_named_as_the_reason(
+    log: Log, tmp_path: Path, what: str
+) -> None:
+    """Not what cannot be told without the right one: whether a hold was released."""
+    log.record(200)
+    log.record(80)
+    hold = log.keeping().add_hold("x")
+    log.keeping().release_hold(hold.id, "over")
+    log.retain("--yes")
+    make_key(tmp_path / "other.key")
+    words = {"retain": ["retain", log.directory, *KEEP, "--yes"],
+             "compress": ["compress", log.directory, "--yes"],
+             "hold": ["hold", "add", log.directory, "--reason", "x"]}  # fmt: skip
+
+    ran = command(*words[what], AUDIT_LOG_SIGNING_KEY_FILE=str(tmp_path / "other.key"))
+
+    assert ran.returncode == 1
+    assert "is not to be relied on: nothing in it is signed by the given keys" in ran.stderr
+    assert "--key names the earlier public key" in ran.stderr
+
+
 def test_without_keys_a_log_is_retained_and_verification_says_what_that_is_worth(
     audit_dir: Path,
 ) -> None:
