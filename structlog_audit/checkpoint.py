@@ -10,7 +10,7 @@
 4. The session's lines are read back from its file, and must be linked up to the last one that was
    acknowledged. Otherwise the file was changed, which is said, and its root is not signed.
 5. A session that was left without an end, because its process was killed, gets one as it is
-   found, by whoever signs next (`orphans.py`).
+   found, by whoever signs next (`orphans.py`): by the thread, or at the latest when we close.
 6. A note may be sent elsewhere, as an entry, by a handler of its own: an anchor.
 """
 
@@ -233,12 +233,14 @@ class Checkpoints:
         self._helper = Helper(self._turn)
         self._session: SessionTree | None = None
         self._head: Head | None = None
+        self._ended = False  # the last session of ours has its end in the journal
         if self._anchoring is not None:
             self._anchoring.after_fork()
 
     def begin(self, path: str) -> None:
         """Begin with a session's file."""
         self._session = SessionTree(path)
+        self._ended = False
         self._signed = 0
         self._head = None
 
@@ -261,7 +263,9 @@ class Checkpoints:
             session, head = self._session, self._head
             if session is not None and head is not None:
                 last = {**last, **self._root(session, head, gently=False)}
+            self._ended = False
             self._append([*before, last])
+            self._ended = True
             self._session = self._head = None
 
     def forget(self) -> None:
@@ -273,10 +277,13 @@ class Checkpoints:
     def settle(self) -> None:
         """Wait until the thread has left the directory alone, and the last note is anchored.
 
+        A session may have been too short for the thread to look for others without an end. It does
+        so now, unless the journal took no end of ours: it would take that for such a one.
+
         Raises:
             SinkError: it is not.
         """
-        wait_for(self._helper, lambda: None)
+        wait_for(self._helper, lambda: self._look() if self._ended else None)
         self._helper.stop()
         if self._anchoring is not None:
             self._anchoring.settle()
@@ -286,9 +293,12 @@ class Checkpoints:
         if self._session is None:
             return None
         self._signing.guard(self._checkpoint)
+        self._look()
+        return self._signer.interval
+
+    def _look(self) -> None:
         if not self._looked:
             self._looking.guard(self._enter_orphans)
-        return self._signer.interval
 
     def _checkpoint(self) -> None:
         with self._working():
@@ -304,7 +314,7 @@ class Checkpoints:
         ends = ends_as_found(os.path.dirname(self._journal.path), self._journal.path)
         if ends:
             with self._working():
-                if self._session is None:  # it was closed meanwhile: the next one looks again
+                if self._session is None and not self._ended:  # somebody else looks again
                     self._looked = False
                 else:
                     self._append(ends)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -12,7 +13,9 @@ from reading import session_files
 from running import eventually, run_python, run_well
 from signing import make_key
 
-from structlog_audit import AuditHandler, FileSink, Signer
+from structlog_audit import AuditHandler, FileSink, Signer, SinkError
+from structlog_audit.checkpoint import Checkpoints
+from structlog_audit.journal import Journal
 from structlog_audit.note import SigningKey
 from structlog_audit.orphans import ends_as_found, without_end
 from structlog_audit.report import Report
@@ -83,6 +86,71 @@ def test_the_next_one_that_signs_enters_the_end(
     assert (event["event"], event["sequence"]) == ("Break", 10)
     killed.write_bytes(killed.read_bytes().replace(b'"n":8', b'"n":7'))
     assert verified(audit_dir, key).verdict == "tampered"
+
+
+@pytest.fixture
+def thread_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions end before the thread that signs takes its first turn."""
+    monkeypatch.setattr(Checkpoints, "_turn", lambda _: None)
+
+
+@pytest.mark.usefixtures("thread_is_late")
+def test_a_session_that_is_over_at_once_enters_the_end_when_it_closes(
+    audit_dir: Path, tmp_path: Path, key: SigningKey, killed: Path
+) -> None:
+    """As an export or a hold has one; once is enough."""
+    handler = AuditHandler(FileSink(audit_dir, signer=Signer(tmp_path / "audit.key")))
+    for _ in range(2):
+        handler.record({"action": "B"})
+        handler.close()
+
+    assert [event["session"] for event in found(audit_dir)] == [session_of(killed)]
+    assert verified(audit_dir, key).verdict == "valid"
+
+
+@pytest.mark.usefixtures("thread_is_late")
+def test_a_close_whose_end_the_journal_does_not_take_enters_none_as_found(
+    audit_dir: Path, tmp_path: Path, key: SigningKey, killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own session would be one of them. The next close enters both."""
+    handler = AuditHandler(FileSink(audit_dir, signer=Signer(tmp_path / "audit.key")))
+    handler.record({"action": "B"})
+    real = Journal.append_signed
+
+    def full(*_: object) -> None:
+        monkeypatch.setattr(Journal, "append_signed", real)
+        raise SinkError("the disk is full", persisted="no")
+
+    monkeypatch.setattr(Journal, "append_signed", full)
+    handler.close()
+    assert found(audit_dir) == []
+
+    handler.record({"action": "C"})
+    handler.close()
+    assert [event["session"] for event in found(audit_dir)] == [session_of(killed)]
+    assert verified(audit_dir, key).verdict == "valid"
+
+
+@pytest.mark.usefixtures("thread_is_late")
+def test_a_close_that_cannot_enter_the_end_of_others_says_so_and_is_done(
+    audit_dir: Path, tmp_path: Path, killed: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Its own session has ended; the disk became full behind that."""
+    handler = AuditHandler(FileSink(audit_dir, signer=Signer(tmp_path / "audit.key")))
+    handler.record({"action": "B"})
+    real = Journal.append_signed
+
+    def full(journal: Journal, events: list[dict[str, object]], *rest: Any) -> None:
+        if any(event.get("found") for event in events):
+            raise SinkError("the disk is full", persisted="no")
+        real(journal, events, *rest)
+
+    monkeypatch.setattr(Journal, "append_signed", full)
+    handler.close()
+
+    assert "looking for sessions without a process" in caplog.text
+    assert without_end(str(audit_dir / "audit-journal.ndjson")).keys() == {session_of(killed)}
 
 
 def test_several_that_find_it_at_once_agree(
