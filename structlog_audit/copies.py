@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any
@@ -44,6 +45,7 @@ def copy(source: Directory, name: str, target: Directory) -> None:
         target: the directory of the copy.
 
     Raises:
+        AuditConfigurationError: a directory is where the copy is to be made.
         CopyDiffers: something else has that name; or the copy is not equal to the original.
         OSError: it cannot be done.
     """
@@ -54,7 +56,8 @@ def compress(directory: Directory, name: str) -> None:
     """Make a compressed copy beside a file, durably; the original stays.
 
     Raises:
-        AuditConfigurationError: the package `zstandard` is missing.
+        AuditConfigurationError: the package `zstandard` is missing, or a directory is where the
+            copy is to be made.
         CopyDiffers: something else has its name; or it does not hold what the original does.
         OSError: it cannot be done.
     """
@@ -79,11 +82,27 @@ def require_zstandard() -> None:
 
 
 def remove_parts(directory: Directory) -> None:
-    """Remove what a crash has left of copies in the making; whoever calls has the lock."""
+    """Remove what a crash has left of copies in the making; whoever calls has the lock.
+
+    Raises:
+        AuditConfigurationError: a directory has the name of one.
+    """
     for name in directory.names():
         of = name.removeprefix(".").removesuffix(PART)
         if name == f".{of}{PART}" and SESSION_FILE.fullmatch(of):
-            directory.remove(name)
+            _remove_part(directory, name)
+
+
+def _remove_part(directory: Directory, name: str) -> None:
+    try:
+        directory.remove(name)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or not stat.S_ISDIR(directory.status(name).st_mode):
+            raise
+        raise AuditConfigurationError(
+            f"{os.path.join(directory.path, name)} is a directory, where a copy is to be made",
+            hint="find out who put it there, and move it away",
+        ) from error
 
 
 def _make(source: Directory, name: str, target: Directory, final: str, *, compressed: bool) -> None:
@@ -94,7 +113,7 @@ def _make(source: Directory, name: str, target: Directory, final: str, *, compre
         return
     part = f".{final}{PART}"
     with contextlib.suppress(FileNotFoundError):
-        target.remove(part)
+        _remove_part(target, part)
     try:
         original = _write(_chunks(source, name), target, part, compressed=compressed)
         _check(original, target, part, compressed=compressed)

@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -21,7 +23,7 @@ from structlog_audit import copies, holds
 from structlog_audit.act import Recorder, user
 from structlog_audit.copies import CopyDiffers
 from structlog_audit.entry import Receipt, timestamp
-from structlog_audit.exceptions import AuditConfigurationError, from_oserror
+from structlog_audit.exceptions import AuditConfigurationError, SinkError, from_oserror
 from structlog_audit.holds import Hold, To, parse_time
 from structlog_audit.journal import Event, Journal
 from structlog_audit.note import VerifierKey
@@ -114,14 +116,14 @@ class Keeping:
         try:
             place = Directory(self.directory, follow=self._settings.allow_unsafe_dir)
         except OSError as error:
-            raise from_oserror(f"cannot open {self.directory}", error) from error
+            raise _failed(f"cannot open {self.directory}", error) from error
         lock = -1
         try:
             lock = _take_lock(place)
             copies.remove_parts(place)
             yield place
         except OSError as error:
-            raise from_oserror(f"cannot work in {self.directory}", error) from error
+            raise _failed(f"cannot work in {self.directory}", error) from error
         finally:
             if lock >= 0:
                 with contextlib.suppress(OSError):
@@ -219,11 +221,17 @@ class Keeping:
             yield None
             return
         path = os.path.abspath(path)
+        above = os.path.dirname(path)
+        if not os.path.isdir(above):  # a disk that is not mounted must not be one on our own
+            raise AuditConfigurationError(
+                f"there is no directory {above}, in which the archive is to be",
+                hint="mount it, or make it: only the archive itself is made if it is missing",
+            )
         try:
             _durable.make_directories(path)
             target = Directory(path)
         except OSError as error:
-            raise from_oserror(f"cannot use the archive {path}", error, path=path) from error
+            raise _failed(f"cannot use the archive {path}", error) from error
         try:
             if os.path.samefile(path, self.directory):
                 raise AuditConfigurationError("the archive is the directory itself")
@@ -353,7 +361,7 @@ def _archived(place: Directory, archive: Directory | None, session: Session) -> 
         return str(error)
     except OSError as error:
         where = place if archive is None else archive
-        raise from_oserror(f"cannot copy {name} to {where.path}", error) from error
+        raise _failed(f"cannot copy {name} to {where.path}", error) from error
 
 
 def _compressed(place: Directory, session: Session) -> str | None:
@@ -368,7 +376,7 @@ def _compressed(place: Directory, session: Session) -> str | None:
     except CopyDiffers as error:
         return str(error)
     except OSError as error:
-        raise from_oserror(f"cannot compress {session.path}", error) from error
+        raise _failed(f"cannot compress {session.path}", error) from error
 
 
 def _changed(place: Directory, session: Session) -> str | None:
@@ -380,7 +388,20 @@ def _changed(place: Directory, session: Session) -> str | None:
     return None if now == session.identity else "it was changed meanwhile"
 
 
+def _failed(doing: str, error: OSError) -> SinkError:
+    failed = from_oserror(doing, error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        failed.hint = "free some space there and run it again: it goes on with what is left to do"
+    return failed
+
+
 def _take_lock(place: Directory) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(place.status(LOCK).st_mode):
+            raise AuditConfigurationError(
+                f"{os.path.join(place.path, LOCK)} is no regular file",
+                hint="find out who put it there, and move it away",
+            )
     descriptor = place.open(LOCK, os.O_RDWR | os.O_CREAT)
     try:
         if not try_lock(descriptor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import subprocess
@@ -19,7 +20,7 @@ from reading import recorded, session_files
 from running import HANG, environment, in_child
 from signing import make_key
 
-from structlog_audit import AuditHandler, FileSink, Settings, Signer, copies
+from structlog_audit import AuditHandler, FileSink, Settings, Signer, SinkError, copies
 from structlog_audit.forward import Forwarder
 from structlog_audit.journal import Journal
 from structlog_audit.keeping import Keeping, cutoff_of
@@ -172,6 +173,90 @@ def test_an_archive_that_is_none_is_refused(log: Log, tmp_path: Path, which: str
     assert ran.returncode == 1
     assert ran.stderr.startswith("error: the archive")
     assert len(session_files(log.directory)) == 2
+
+
+def test_the_directory_of_an_archive_is_not_made(log: Log, tmp_path: Path) -> None:
+    """A mount point with a slip in its name would fill the disk that it is not on."""
+    log.record(200)
+    log.record(80)
+    before = contents(log.directory)
+
+    ran = command("retain", log.directory, *KEEP, "--archive", tmp_path / "mnt" / "old", "--yes",
+                  **log.environ)  # fmt: skip
+
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(f"error: there is no directory {tmp_path / 'mnt'}, in which")
+    assert "\nhint: mount it, or make it" in ran.stderr
+    assert not (tmp_path / "mnt").exists()
+    assert {**contents(log.directory), ".keeping.lock": b""} == {**before, ".keeping.lock": b""}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs FIFOs")
+@pytest.mark.parametrize("what", ["fifo", "directory", "link"])
+def test_a_lock_that_is_no_file_is_named(log: Log, what: str) -> None:
+    """Nothing is waited for, and nothing is followed."""
+    log.record(200)
+    path = log.directory / ".keeping.lock"
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("elsewhere")
+
+    ran = command("retain", log.directory, *KEEP, "--yes", **log.environ)
+
+    assert ran.returncode == 1
+    assert ran.stderr == (
+        f"error: {path} is no regular file\nhint: find out who put it there, and move it away\n"
+    )
+    assert not (log.directory / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("where", ["audit", "archive"])
+def test_a_directory_where_a_copy_is_to_be_made_is_named(
+    log: Log, tmp_path: Path, where: str
+) -> None:
+    """With what to do."""
+    old = log.record(200)
+    log.record(80)
+    part = tmp_path / where / (f".{old.name}.zst.part" if where == "audit" else f".{old.name}.part")
+    part.parent.mkdir(exist_ok=True, mode=0o700)
+    part.mkdir()
+
+    ran = command("retain", log.directory, *KEEP, "--archive", tmp_path / "archive", "--yes",
+                  **log.environ)  # fmt: skip
+
+    assert ran.returncode == 1
+    assert ran.stderr == (
+        f"error: {part} is a directory, where a copy is to be made\n"
+        "hint: find out who put it there, and move it away\n"
+    )
+    assert old.exists()
+
+
+@pytest.mark.parametrize("work", ["archive", "compress"])
+def test_a_full_disk_is_told_in_words_that_fit_a_copy(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    """No session begins by itself there."""
+    log.record(200)
+    log.record(80)
+
+    def write_all(descriptor: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(copies._durable, "write_all", write_all)
+    keeping, age = log.keeping(), timedelta(days=90)
+    works: dict[str, Callable[[], object]] = {
+        "archive": lambda: keeping.retain(age, "--keep 90d", str(tmp_path / "archive")),
+        "compress": lambda: keeping.compress(age),
+    }
+    with pytest.raises(SinkError, match="No space left") as raised:
+        works[work]()
+    assert raised.value.hint == (
+        "free some space there and run it again: it goes on with what is left to do"
+    )
 
 
 def forged_open(log: Log) -> str:
