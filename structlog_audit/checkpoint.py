@@ -224,6 +224,7 @@ class Checkpoints:
         self._looking = Trouble(f"looking for sessions without a process in {of}")
         self._anchoring = None if anchor is None else Anchoring(anchor, of)
         self._looked = False  # for sessions whose process is gone: once is enough
+        self._own = ""  # name of our last file, which is none of these, locked or not
         self._renew()
 
     def _renew(self) -> None:
@@ -240,6 +241,7 @@ class Checkpoints:
     def begin(self, path: str) -> None:
         """Begin with a session's file."""
         self._session = SessionTree(path)
+        self._own = os.path.basename(path)
         self._ended = False
         self._signed = 0
         self._head = None
@@ -311,7 +313,8 @@ class Checkpoints:
     def _enter_orphans(self) -> None:
         """Enter the ends of sessions whose process is gone, as they are found."""
         self._looked = True
-        ends = ends_as_found(os.path.dirname(self._journal.path), self._journal.path)
+        found = ends_as_found(os.path.dirname(self._journal.path), self._journal.path)
+        ends = [end for end in found if end["file"] != self._own]
         if ends:
             with self._working():
                 if self._session is None and not self._ended:  # somebody else looks again

@@ -228,6 +228,23 @@ def test_a_session_that_ends_while_it_is_looked_at_is_left_alone(
     assert ends_as_found(str(audit_dir), str(audit_dir / "audit-journal.ndjson")) == []
 
 
+def test_its_own_session_is_none_although_it_could_not_be_locked(
+    audit_dir: Path, tmp_path: Path, key: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock failed, as on a file system with errors."""
+    monkeypatch.setattr("structlog_audit.sinks.file.mark_alive", lambda _: None)
+    sink = FileSink(audit_dir, signer=Signer(tmp_path / "audit.key"))
+    handler = AuditHandler(sink)
+    handler.record({"action": "A"})
+    eventually(lambda: sink._checkpoints._looked)
+    sink.settle()  # it was looking, and has done so
+    handler.record({"action": "B"})
+    handler.close()
+
+    assert found(audit_dir) == []
+    assert verified(audit_dir, key).verdict == "valid"
+
+
 def test_a_session_that_is_being_written_is_left_alone(
     audit_dir: Path, tmp_path: Path, key: SigningKey
 ) -> None:
