@@ -84,9 +84,8 @@ def export_days(
 
 
 def _print_exported(exported: Exported) -> None:
-    click.echo(
-        f"{visible(exported.path)}: {exported.entries:,} entries, {exported.proven:,} of them proven"
-    )
+    counts = f"{exported.entries:,} entries, {exported.proven:,} of them proven"
+    click.echo(f"{visible(exported.path)}: {counts}")
     click.echo(f"sha256 {exported.sha256}")
     if exported.pruned:
         click.echo(_pruned(exported.pruned))
