@@ -362,7 +362,8 @@ class _Entries:
         time = time_of(line)
         if time is None or not asked["begin"] <= time < asked["end"]:
             raise ExportError(f"{place} is not of these days")
-        if asked["company"] not in (None, orjson.loads(line).get("companyId")):
+        company = asked["company"]
+        if company is not None and orjson.loads(line).get("companyId") != company:
             raise ExportError(f"{place} belongs to another company")
 
     def _check_proof(

@@ -346,7 +346,8 @@ def test_a_session_that_is_not_what_was_signed_has_no_proof_and_spoils_no_other(
         (b"".join(some[:-2]), 9, 22),
         (b"".join([*some[:4], *some[5:]]), 10, 22),
         (b"".join([*some, *some]), 11, 33),
-        (b"".join(line[:60] + b"}\n" for line in some), 11, 22),
+        (b"".join(line[:60] + b"\n" for line in some), 11, 22),  # no JSON
+        (b"".join(line[:48] + b"}\n" for line in some), 11, 22),  # no entry
     ]):  # fmt: skip
         path.write_bytes(data)
         done = exported(log, tmp_path / f"{number}.zip", signer=Signer(tmp_path / "audit.key"))
