@@ -162,7 +162,7 @@ def test_not_even_the_error_finds_room(home: Path, line: str, status: int) -> No
 @pytest.mark.parametrize(
     ("line", "status"),
     [("search log", 2), ("search log --json", 2), ("report log", 2), ("doctor", 1),
-     ("verify log", 3), ("hold list log", 1)],
+     ("verify log", 3), ("hold list log --key key.pub", 1)],
 )  # fmt: skip
 @pytest.mark.parametrize("closed", [">&-", "<&- >&-"])
 def test_a_stdout_that_is_closed_takes_nothing(
