@@ -199,6 +199,11 @@ class Account:
         if expired:
             self.say(f"{expired:,} checkpoints were signed by a key out of its time: they count as "
                      "unsigned.")  # fmt: skip
+        for each in self._journals:
+            if each.ended_unsigned:
+                self.say(f"{each.ended_unsigned:,} sessions had ended before a given key first "
+                         f"signed {each.path}, at {each.signed_since}: it vouches for what was "
+                         "there then, not for what was recorded.")  # fmt: skip
         if self.keys and not self.anchors:
             self.say("No anchor was given: a log that was cut back to an earlier checkpoint, or "
                      "forged by who holds the key, would not be seen.")  # fmt: skip

@@ -163,8 +163,8 @@ class Recorder:
             evidence: what its journal says, read with our keys.
 
         Raises:
-            AuditConfigurationError: it is signed, and we have no key, or another one; or nobody can
-                read it.
+            AuditConfigurationError: it is signed, and we have no key, or another one; or we would
+                be the first to sign it; or nobody can read it.
         """
         if not evidence.readable:
             raise AuditConfigurationError(
@@ -172,6 +172,7 @@ class Recorder:
                 hint="run structlog-audit verify on the directory",
             )
         if not evidence.is_signed:
+            self._check_late_key(evidence)
             return
         if self.signer is None:
             raise AuditConfigurationError(
@@ -184,6 +185,16 @@ class Recorder:
                 f"the journal {self.journal} is signed, and not by the key that is configured",
                 hint="set AUDIT_LOG_SIGNING_KEY_FILE as the service has it; after a change of "
                 "keys, --key names the earlier public key",
+            )
+
+    def _check_late_key(self, evidence: Evidence) -> None:
+        """Our signature would be the first one, and vouch for all that stands there."""
+        if self.signer is not None and evidence.unsigned_endings():
+            raise AuditConfigurationError(
+                f"nothing in the journal {self.journal} is signed, although sessions have ended "
+                "and a key is configured: either the key is new, or the signatures were removed",
+                hint="if it was signed before, keep it as it is for an investigation; if the key "
+                "is new, let the service record with it first",
             )
 
     def record(self, entry: Mapping[str, object]) -> Receipt:

@@ -53,6 +53,8 @@ class Evidence:
         vouched: lines that tell of holds and tombstones, and that a given key has signed as acts of
             its own, as the commands do; or at all, where nothing had been signed before.
         checkpoints: notes that a given key has signed.
+        signed_since: when the first of these was written, as it says itself.
+        ended_unsigned: sessions that had ended before that, unsigned.
         others: notes that none of the given keys has signed.
         expired: notes that a given key has signed out of its time.
         is_signed: somebody signs it, with whatever key.
@@ -76,6 +78,8 @@ class Evidence:
     holds: dict[str, Hold] = field(default_factory=dict)
     vouched: set[int] = field(default_factory=set)
     checkpoints: int = 0
+    signed_since: str = ""
+    ended_unsigned: int = 0
     others: int = 0
     expired: int = 0
     is_signed: bool = False
@@ -110,6 +114,7 @@ class Evidence:
         """Take over how far it is signed from a later look at it."""
         self.signed, self.checkpoints, self.others = newer.signed, newer.checkpoints, newer.others
         self.times, self.expired = newer.times, newer.expired
+        self.signed_since, self.ended_unsigned = newer.signed_since, newer.ended_unsigned
         self.is_signed = newer.is_signed
         self.lines, self.size, self.tail = newer.lines, newer.size, newer.tail
         self.last, self.anchored = newer.last, newer.anchored
@@ -393,6 +398,13 @@ class _Reading:
             self._expired.append((checkpoint.size, place, offset, time[:40]))
             self.evidence.expired += 1
         else:
+            if not self.evidence.checkpoints:
+                self.evidence.signed_since = time
+                self.evidence.ended_unsigned = sum(
+                    facts.ending is not None
+                    and facts.ending.line <= self._tree.size - checkpoint.acts
+                    for facts in self.evidence.sessions.values()
+                )
             self.evidence.checkpoints += 1
             self.evidence.signed = checkpoint.size
             self.evidence.times[checkpoint.size] = time

@@ -115,6 +115,20 @@ def test_a_log_that_another_key_signs_is_not_exported_without_that_one(tmp_path:
     done(*act.words["export"], "--key", earlier, AUDIT_LOG_SIGNING_KEY_FILE=str(other))
 
 
+@ACTS
+def test_a_log_without_a_signature_is_not_signed_by_an_act(
+    act: Act, tmp_path: Path, what: str
+) -> None:
+    """Its first signature vouches for all that stands there, and signatures can be removed."""
+    file = tmp_path / "audit.key"
+    make_key(file)
+
+    act.refused(what, AUDIT_LOG_SIGNING_KEY_FILE=str(file))
+
+    record(act.log, 0, signer=Signer(file))  # the service does so
+    done(*act.words[what], AUDIT_LOG_SIGNING_KEY_FILE=str(file))
+
+
 def test_a_journal_that_cannot_be_read_is_not_written_to(act: Act) -> None:
     """Nobody knows whether it is signed."""
     journal = act.log / "audit-journal.ndjson"

@@ -248,7 +248,7 @@ def test_wrong_use_of_the_commands_is_explained(tmp_path: Path) -> None:
     """No traceback for files that are missing, empty or something else."""
     (tmp_path / "x").write_bytes(b"\xff\xfe")
     for expected, *arguments in (
-        (2, "prove", "nowhere", "."),
+        (1, "prove", "nowhere", "."),
         (1, "prove", "x", "."),
         (3, "verify-proof", "x", "--key", "x"),
         (3, "verify-proof", "nowhere", "--key", "x"),

@@ -423,6 +423,27 @@ def test_checkpoints_that_are_stripped(log: Log) -> None:
     assert kinds(log.verify()) == {"not-signed"}
 
 
+def test_a_log_that_is_computed_anew_and_then_signed_again(log: Log) -> None:
+    """The key cannot tell it from a log that it begins to sign: that is said, and anchors tell."""
+    recompute(log.directory, strip=True)
+    assert kinds(log.verify()) == {"not-signed"}
+    write_log(log.directory, Signer.from_text(log.key.reveal()), sessions=1)
+
+    report = log.verify()
+
+    assert report.verdict == "valid"
+    assert any(
+        sentence.startswith("2 sessions had ended before a given key first signed")
+        for sentence in report.not_checked
+    )
+    assert log.verify(anchors=True).verdict == "tampered"
+
+
+def test_a_log_that_was_signed_from_the_beginning_says_nothing_of_that(log: Log) -> None:
+    """Its first session was signed while it went on, or as it ended."""
+    assert not any("had ended before" in sentence for sentence in log.verify().not_checked)
+
+
 def test_a_session_that_is_transplanted_from_another_log(log: Log, tmp_path: Path) -> None:
     """No journal knows it."""
     write_log(tmp_path / "elsewhere", sessions=1)
