@@ -51,7 +51,8 @@ def export_days(
     At most five business days at a time. The export is an entry of the log itself; without it
     there is no archive. Whoever receives it verifies it with verify-export.
 
-    Exit status 0: the archive is made. 1: it is not. 2: it is made, but the log is tampered with,
+    Exit status 0: the archive is made. 1: it is not, or stdout did not take
+    the word of it (the error says which). 2: it is made, but the log is tampered with,
     or entries in it have no proof because they contradict what was signed.
 
     Example: structlog-audit export audit --from 2026-11-16 --to 2026-11-20 --output nov.zip

@@ -56,7 +56,8 @@ def retain(
     their last entry, and are under no hold; never the newest one. The journal keeps a tombstone of
     each, so that verify knows that it was pruned. What is done is itself an entry.
 
-    Exit status 0: done, or shown. 1: not done, or not all of it.
+    Exit status 0: done, or shown. 1: not done, or not all of it, or stdout
+    did not take the word of it (the error says which).
 
     Example: structlog-audit retain /var/log/audit --keep 90d --archive /mnt/archive --yes
     """
@@ -85,7 +86,8 @@ def compress(
     The copy is read again and compared before the original goes. verify and the other commands
     read it like the original; with zstd -d it becomes the same file again.
 
-    Exit status 0: done, or shown. 1: not done, or not all of it.
+    Exit status 0: done, or shown. 1: not done, or not all of it, or stdout
+    did not take the word of it (the error says which).
 
     Example: structlog-audit compress /var/log/audit --older-than 7d --yes
     """

@@ -120,15 +120,13 @@ def _tell(error: Exception) -> None:
         click.echo(f"error: {visible(error.reason)}", err=True)
         if error.hint:
             click.echo(f"hint: {visible(error.hint)}", err=True)
+    elif isinstance(error, OSError) and error.filename is None:  # all else names its file
+        click.echo(f"error: cannot print to stdout: {error.strerror or type(error).__name__}; "
+                   "what was done is done", err=True)  # fmt: skip
     elif isinstance(error, OSError):
-        click.echo(f"error: {visible(_os_reason(error))}", err=True)
+        click.echo(f"error: {visible(f'{error.filename}: {error.strerror}')}", err=True)
     else:
         click.echo(f"error: {type(error).__name__} in this command, {_place(error)}", err=True)
-
-
-def _os_reason(error: OSError) -> str:
-    reason = error.strerror or type(error).__name__
-    return reason if error.filename is None else f"{error.filename}: {reason}"
 
 
 def _place(error: Exception) -> str:
