@@ -4,7 +4,8 @@
    journal, and the root of the Merkle tree over them (RFC 6962). It stands in a line of the journal
    itself, behind the lines that it signs.
 2. In front of it stands the head of our session: its last acknowledged line, and the root of the
-   Merkle tree over the session's lines up to it. So one signature covers both.
+   Merkle tree over the session's lines up to it. So one signature covers both. The note says how
+   many lines in front of it are its signer's: others may have appended what it covers as well.
 3. There is one at a session's end, after so many entries, and after so many seconds even if
    nothing happened. A thread of our own does it; callers do not wait, except at a session's end.
 4. The session's lines are read back from its file, and must be linked up to the last one that was
@@ -166,15 +167,15 @@ class Signer:
             reason = f"the anchor for checkpoints: {error.reason}"
             raise SinkError(reason, persisted="no", hint=error.hint) from error
 
-    def sign(self, tree: Frontier, first_line: bytes, *, with_tree: bool, acts: int = 0) -> Event:
+    def sign(self, tree: Frontier, first_line: bytes, *, with_tree: bool, acts: int) -> Event:
         """Return what a line with a checkpoint tells.
 
         Args:
             tree: the tree over all lines before it.
             first_line: the journal's first line.
             with_tree: put the tree's hashes into it, for another process to go on from.
-            acts: how many lines in front of it are written together with it, by a command that
-                vouches for them.
+            acts: how many lines in front of it are ours, written together with it: we vouch for
+                what they tell.
         """
         origin = journal_origin(self.keys[0].name, first_line)
         text = Checkpoint(origin, tree.size, tree.root(), acts).text()
@@ -339,7 +340,8 @@ class Checkpoints:
 
         def signed(tree: Frontier, first_line: bytes) -> Event:
             nonlocal note
-            event = self._signer.sign(tree, first_line, with_tree=self._count % TREE_EVERY == 0)
+            with_tree = self._count % TREE_EVERY == 0
+            event = self._signer.sign(tree, first_line, with_tree=with_tree, acts=len(events))
             note = str(event["note"])
             return event
 

@@ -57,8 +57,8 @@ class Checkpoint:
         origin: name of the log.
         size: number of its leaves.
         root: root of its Merkle tree, 32 bytes.
-        acts: how many of its last leaves whoever signed it has written together with it, as an act
-            of their own; the others may be anybody's who could write there.
+        acts: how many of its last leaves whoever signed it has written itself, together with it;
+            the others may be anybody's who could write there.
     """
 
     origin: str
@@ -75,6 +75,10 @@ class Checkpoint:
             raise NoteError("the root of a checkpoint does not have 32 bytes")
         if not 0 <= self.acts <= self.size:
             raise NoteError("a checkpoint has not so many leaves for acts")
+
+    def vouches_for(self, number: int) -> bool:
+        """Tell whether whoever signed it has written a leaf itself, counted from 1."""
+        return self.size - self.acts < number <= self.size
 
     def text(self) -> str:
         """Return the text to sign."""
@@ -279,6 +283,15 @@ def open_note(note: str, keys: Iterable[VerifierKey]) -> tuple[str, tuple[Verifi
         names = ", ".join(sorted({f"{name[:100]!r} {id_}" for (name, id_), _ in signatures})[:3])
         raise UnknownKeys(f"signed by {names}, and by none of the known keys ({len(known)})")
     return text, tuple(verified)
+
+
+def text_of(note: str) -> str:
+    """Return the text of a note, whoever signed it.
+
+    Raises:
+        NoteError: it is malformed.
+    """
+    return _split(note)[0]
 
 
 def signers_of(note: str) -> tuple[str, ...]:

@@ -71,9 +71,13 @@ def check(directory: Path, *keys: SigningKey) -> int:
             text, signed_by = open_note(event["note"], [key.verifier for key in keys])
             assert signed_by == tuple(key.verifier for key in keys)
             origin = f"{keys[0].name}/{sha256(lines[0]).hexdigest()[:16]}"
-            assert Checkpoint.parse(text) == Checkpoint(
-                origin, number - 1, root_of(lines[: number - 1])
+            checkpoint = Checkpoint.parse(text)
+            assert checkpoint == Checkpoint(
+                origin, number - 1, root_of(lines[: number - 1]), checkpoint.acts
             )
+            told = [orjson.loads(line) for line in lines[: number - 1][-checkpoint.acts :]]
+            assert {each["pid"] for each in told} == {event["pid"]}
+            assert all("root" in each for each in told)
             notes += 1
     return notes
 
