@@ -28,8 +28,10 @@ from structlog_audit.note import (
     VerifierKey,
     open_note,
     signers_of,
+    text_of,
 )
 from structlog_audit.report import Finding, Kind, Mark, Verdict
+from structlog_audit.roots import Claim
 from structlog_audit.scan import MOST_FINDINGS, ZEROS, Chain
 from structlog_audit.source import Lines, Source, Unreadable
 
@@ -52,6 +54,8 @@ class Evidence:
         holds: all that it tells of, also those that are released, by their names.
         vouched: lines that tell of holds and tombstones, and that a given key has signed as acts of
             its own, as the commands do; or at all, where nothing had been signed before.
+        claims: roots that the note behind them covers, signed by a given key, but that its signer
+            has not written.
         checkpoints: notes that a given key has signed.
         signed_since: when the first of these was written, as it says itself.
         ended_unsigned: sessions that had ended before that, unsigned.
@@ -77,6 +81,7 @@ class Evidence:
     sessions: dict[str, Facts] = field(default_factory=dict)
     holds: dict[str, Hold] = field(default_factory=dict)
     vouched: set[int] = field(default_factory=set)
+    claims: list[Claim] = field(default_factory=list)
     checkpoints: int = 0
     signed_since: str = ""
     ended_unsigned: int = 0
@@ -119,6 +124,7 @@ class Evidence:
         self.lines, self.size, self.tail = newer.lines, newer.size, newer.tail
         self.last, self.anchored = newer.last, newer.anchored
         self.holds, self.vouched = newer.holds, newer.vouched
+        self.claims = newer.claims
         self.findings = newer.findings
 
     def mark(self, line: int) -> Mark | None:
@@ -183,6 +189,7 @@ class _Reading:
         self._time = ""
         self._newer = False
         self._unsigned: list[int] = []  # lines of acts that no note covers yet
+        self._claims: list[Claim] = []  # roots that no note covers yet
         self._zeros: tuple[int, int] | None = None  # the last line, if a power failure left zeros
         self._expired: list[tuple[int, int, int, str]] = []
         self._chain = Chain(path, None, visit=self._visit)
@@ -278,12 +285,16 @@ class _Reading:
                               "not know", place, offset)  # fmt: skip
         if event in ("Hold", "Release", "Prune"):
             self._unsigned.append(place)
+        elif "root" in fields:
+            self._claims.append(Claim(str(fields["session"]), int(fields["sequence"]),
+                                      str(fields["root"]), place, offset))  # fmt: skip
 
     def _vouch(self, checkpoint: Checkpoint | None) -> None:
         """Take in which lines a key vouches for: as many in front of its note as that says.
 
         Whoever has no key may append a line as well, just before somebody signs; so that a note
-        covers a line says nothing of who wrote it. The first note of a journal vouches for all.
+        covers a line says nothing of who wrote it. The first note of a journal vouches for all that
+        is said of holds and tombstones; a root is a signer's own, or counts for nothing.
 
         Args:
             checkpoint: signed by a key that is known; None if it is not.
@@ -291,8 +302,11 @@ class _Reading:
         if checkpoint is not None:
             before = checkpoint.size - checkpoint.acts if self.evidence.is_signed else 0
             self.evidence.vouched.update(place for place in self._unsigned if place > before)
+            others = (each for each in self._claims if not checkpoint.vouches_for(each.line))
+            self.evidence.claims.extend(others)
         self.evidence.is_signed = True
         self._unsigned.clear()
+        self._claims.clear()
 
     def _begin(self, fields: Mapping[str, Any], place: int, offset: int) -> None:
         if int(fields["format"]) > FORMAT:
@@ -450,7 +464,7 @@ def _opened(note: str, keys: Sequence[VerifierKey]) -> tuple[str, tuple[Verifier
     try:
         return open_note(note, keys)
     except UnknownKeys:
-        return note[: note.rindex("\n\n") + 1], ()
+        return text_of(note), ()
 
 
 def _may_sign(key: VerifierKey, time: str) -> bool:

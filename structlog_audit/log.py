@@ -13,6 +13,7 @@ from structlog_audit.evidence import Evidence, read_journal, tail_is_at
 from structlog_audit.facts import Facts
 from structlog_audit.names import journal_name
 from structlog_audit.report import Finding
+from structlog_audit.roots import Claim, false_among
 from structlog_audit.scan import Task, scan
 
 PAUSE = 0.1
@@ -131,6 +132,7 @@ class Log:
         account = self._account
         for evidence in self._evidence.values():
             self._judge_signatures(evidence)
+            self._judge_roots(evidence)
             account.add_journal(evidence)
         for file in self._files:
             if file.begin is not None and file.begin.follows is not None:
@@ -178,6 +180,19 @@ class Log:
                 f"{evidence.times.get(evidence.signed, '')}): a key is missing, a signer failed or "
                 "was left out, or what follows was changed", evidence.signed,
             )  # fmt: skip
+
+    def _judge_roots(self, evidence: Evidence) -> None:
+        """Report roots that no signer wrote, and that are not those of the files."""
+        paths = {file.plain: file.path for file in self._files}
+        claims: dict[str, list[Claim]] = {}
+        for claim in evidence.claims:
+            claims.setdefault(claim.session, []).append(claim)
+        for session, its in claims.items():
+            path = paths.get(evidence.sessions.get(session, Facts()).file)
+            for claim in [] if path is None else false_among(its, path, follow=not self.whole):
+                evidence.add("tampered", "inserted", f"its root of session {session} is none that "
+                             "a signer wrote, and not that of the file: somebody else appended "
+                             "it", claim.line, claim.offset)  # fmt: skip
 
     def _judge_names(self) -> set[str]:
         """Report files under wrong names; return the sessions in them."""

@@ -2,7 +2,9 @@
 
 1. The entry is in the session: its line is a leaf of the Merkle tree over the session's lines.
 2. The root of that tree stands in a line of the journal, with the session's head.
-3. That line is a leaf of the Merkle tree over the journal, whose root a note signs.
+3. That line is a leaf of the Merkle tree over the journal, whose root a note signs; and one of
+   those directly in front of the note, of which it says that its signer wrote them. What else it
+   covers may be anybody's who could append to the journal.
 
 So a proof holds the entry's line, the line of the journal, the note, and two inclusion proofs of
 RFC 6962. It is checked with the public key alone (`structlog-audit verify-proof`).
@@ -25,7 +27,7 @@ from structlog_audit.entry import Receipt
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.merkle import inclusion_proof, leaf_hash, verify_inclusion
 from structlog_audit.names import SESSION_FILE, journal_name
-from structlog_audit.note import Checkpoint, NoteError, VerifierKey, open_note
+from structlog_audit.note import Checkpoint, NoteError, VerifierKey, open_note, text_of
 from structlog_audit.source import Lines, Source, Unreadable
 
 FORMAT = "structlog-audit/proof/1"
@@ -118,9 +120,8 @@ def prove(receipt: Receipt, directory: str | os.PathLike[str]) -> dict[str, Any]
     """
     path, journal = _find(os.fsdecode(directory), receipt.session)
     try:
-        head_line, head, note_line = _covering(journal, receipt)
+        head_line, head, note = _covering(journal, receipt)
         size, index, number = int(head["sequence"]), receipt.sequence - 1, int(head["number"])
-        note, covered = str(note_line["note"]), int(note_line["number"]) - 1  # all lines before it
     except (ValueError, KeyError, TypeError, OverflowError):
         raise ProofError(
             f"{journal} is no journal as it was written",
@@ -132,7 +133,7 @@ def prove(receipt: Receipt, directory: str | os.PathLike[str]) -> dict[str, Any]
             f"{path} contradicts the receipt: its line {receipt.sequence} has another hash",
             hint="keep both, and run structlog-audit verify on the directory", contradicts=True,
         )  # fmt: skip
-    journal_proof, _ = _proof_of_line(journal, number - 1, covered)
+    journal_proof, _ = _proof_of_line(journal, number - 1, Checkpoint.parse(text_of(note)).size)
     return {
         "format": FORMAT,
         "receipt": receipt._asdict(),
@@ -184,6 +185,7 @@ def verify_proof(proof: Mapping[str, Any], keys: Sequence[VerifierKey]) -> Prove
             ),
             "the head is not in the journal that was signed",
         ),
+        (checkpoint.vouches_for(head.number), "the head is none that the signer wrote"),
     ):
         if not holds:
             raise ProofError(f"the proof does not hold: {what}", contradicts=True)
@@ -247,16 +249,25 @@ def _find(directory: str, session: str) -> tuple[str, str]:
     )
 
 
-def _covering(journal: str, receipt: Receipt) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
-    """Find the first signed head of the session at or behind the entry, and what signs it."""
-    named, head = receipt.session.encode(), None
+def _covering(journal: str, receipt: Receipt) -> tuple[bytes, dict[str, Any], str]:
+    """Find the first head of the session at or behind the entry that a signer wrote, and its note.
+
+    What stands before another note, or is none of the signer's own lines, may be anybody's.
+    """
+    named = receipt.session.encode()
+    heads: list[tuple[bytes, dict[str, Any]]] = []
     for line in _lines(journal):
-        if head is None and named in line and b'"root":' in line:
+        if named in line and b'"root":' in line:
             fields = orjson.loads(line)
             if fields["session"] == receipt.session and fields["sequence"] >= receipt.sequence:
-                head = (line, fields)
-        elif head is not None and b'"event":"Checkpoint"' in line:
-            return *head, orjson.loads(line)
+                heads.append((line, fields))
+        elif heads and b'"event":"Checkpoint"' in line:
+            note = str(orjson.loads(line)["note"])
+            checkpoint = Checkpoint.parse(text_of(note))
+            for head in heads:
+                if checkpoint.vouches_for(int(head[1]["number"])):
+                    return *head, note
+            heads.clear()
     raise ProofError(
         f"no checkpoint covers the entry {receipt.sequence} of the session {receipt.session}",
         hint="without a key nothing is signed; with one, the next checkpoint covers it, or, if its "

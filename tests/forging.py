@@ -14,7 +14,7 @@ from structlog_audit.chain import identity, line_hash, link
 from structlog_audit.checkpoint import Signer
 from structlog_audit.journal import journal_origin
 from structlog_audit.merkle import Frontier, leaf_hash
-from structlog_audit.note import Checkpoint, SigningKey, sign
+from structlog_audit.note import Checkpoint, SigningKey, sign, text_of
 
 PAST = time.time() - 3600
 """Old enough that nothing can be under way any more."""
@@ -111,7 +111,8 @@ def put_events(
         event = {**event, "number": number, "prev": line_hash(lines[-1]) if lines else ""}
         if event["event"] == "Checkpoint" and key is not None:
             origin = journal_origin(key.name, lines[0])
-            event["note"] = sign(Checkpoint(origin, tree.size, tree.root()).text(), [key])
+            acts = Checkpoint.parse(text_of(event["note"])).acts
+            event["note"] = sign(Checkpoint(origin, tree.size, tree.root(), acts).text(), [key])
         lines.append(json.dumps(event, separators=(",", ":")).encode())
         tree.append(leaf_hash(lines[-1]))
     put(journal_path(directory), lines)

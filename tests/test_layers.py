@@ -15,8 +15,8 @@ ROWS = [
     "sinks._durable sinks._lock",
     "entry age alarm archive helper disk exclusions holds note report session_tree source "
     "sinks._key sinks._exchange web._client",
-    "formats anchoring business journal keys new_file orphans scan selection visible anchors facts "
-    "sinks._address sinks._delivery web.__init__",
+    "formats anchoring business journal keys new_file orphans roots scan selection visible anchors "
+    "facts sinks._address sinks._delivery web.__init__",
     "checkpoint proof directory evidence listing wanted workers",
     "account signed_heads",
     "judge log",

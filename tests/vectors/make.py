@@ -112,13 +112,13 @@ class Log:
         own = {"time": self.tick(), "pid": 7, "hostname": "node-7", "event": event}
         self.journal.append(dumped({**own, **fields, "number": number, "prev": prev}))
 
-    def sign(self) -> None:
-        """Append a checkpoint."""
+    def sign(self, acts: int = 1) -> None:
+        """Append a checkpoint, and say how many lines in front of it are the signer's own."""
         tree = Frontier()
         for line in self.journal:
             tree.append(leaf_hash(line))
         origin = journal_origin(NAME, self.journal[0])
-        text = Checkpoint(origin, tree.size, tree.root()).text()
+        text = Checkpoint(origin, tree.size, tree.root(), acts).text()
         self.notes.append(sign(text, self.keys))
         self.enter("Checkpoint", note=self.notes[-1], entries=10_000, interval=900.0)
 
@@ -302,6 +302,16 @@ def inserted() -> Log:
     return log
 
 
+def forged_root() -> Log:
+    """Whoever has no key appends a head with another root, just before the next one signs."""
+    log = valid()
+    log.enter("Head", **log.head(FIRST), root="A" * 43 + "=")
+    log.begin(THIRD, SECOND)
+    log.end(THIRD)
+    log.sign()
+    return log
+
+
 def duplicated() -> Log:
     log = valid()
     log.sessions[FIRST].insert(2, log.sessions[FIRST][1])
@@ -446,6 +456,7 @@ VECTORS: dict[str, Vector] = {
     "tampered-edited-last-line": everywhere(edited_last_line, "tampered", "altered"),
     "tampered-deleted": everywhere(deleted, "tampered", "deleted"),
     "tampered-inserted": everywhere(inserted, "tampered", "inserted"),
+    "tampered-forged-root": (forged_root, VALID, tampered("inserted"), tampered("inserted")),
     "tampered-duplicated": everywhere(duplicated, "tampered", "duplicated"),
     "tampered-reordered": everywhere(reordered, "tampered", "reordered"),
     "tampered-cut": everywhere(cut, "tampered", "cut"),
