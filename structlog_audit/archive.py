@@ -71,8 +71,9 @@ This archive holds entries of an audit log, and what proves that they were recor
 
   entries.ndjson      the entries, one JSON object a line, byte for byte
   proofs.ndjson       line by line, how each entry follows from the head of its session (RFC 6962)
-  heads.ndjson        the heads of the sessions, and how they follow from the checkpoint (RFC 6962)
-  checkpoint.note     the signature of the log over all of it (C2SP signed note)
+  heads.ndjson        the heads of the sessions, each with the signature of the log by whoever wrote
+                      it (C2SP signed note), and how it follows from that (RFC 6962)
+  checkpoint.note     the newest of these signatures
   keys.pub            the public keys; take them from somebody you trust rather than from here
   report.html         who did what how often, and what failed, to be read and printed
   verification.json   what a verification of the whole log said when this was made

@@ -2,7 +2,8 @@
 
 1. The archive is a zip file. `entries.ndjson` has the exact lines; `proofs.ndjson` beside it, line
    by line, how each one follows from the head of its session; `heads.ndjson` the signed heads, and
-   how they follow from `checkpoint.note`. `manifest.json` has the SHA-256 of each of them.
+   how each one follows from the note that its signer wrote behind it. `checkpoint.note` is the
+   newest of these notes. `manifest.json` has the SHA-256 of each of them.
 2. It can be verified without the log it comes from, with the public key alone (`handover.py`).
 3. It is an entry of the log itself, recorded when the archive is durable and before it has its
    name. Without that entry there is no archive, and there is never half a one. A crash between the
@@ -347,10 +348,12 @@ class _Part:
         tree = self.signed.tree
         if not tree.size:
             return
-        used = {head.number: head.line for head in self._used.values()}
-        for number, line in {tree.size: self.signed.last, **used}.items():
-            proof = [b64encode(each).decode() for each in tree.proof(number - 1)]
-            yield orjson.dumps({"head": line.decode(), "proof": proof}) + b"\n"
+        last = (self.signed.last, self.signed.note, tree.size)
+        used = {head.number: (head.line, head.note, head.size) for head in self._used.values()}
+        for number, (line, note, size) in {tree.size: last, **used}.items():
+            proof = [b64encode(each).decode() for each in tree.proof(number - 1, size)]
+            told = {"head": line.decode(), "proof": proof, "note": note}
+            yield orjson.dumps(told) + b"\n"
 
 
 def _check_paths(directory: str, output: str, prefix: str) -> None:

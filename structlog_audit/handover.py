@@ -97,7 +97,7 @@ class _Head:
 
 @dataclass(frozen=True, slots=True)
 class _Signed:
-    """What a checkpoint vouches for."""
+    """What checkpoints vouch for, and who signed them."""
 
     origin: str | None
     keys: tuple[VerifierKey, ...]
@@ -235,35 +235,58 @@ def _check_period(manifest: dict[str, Any]) -> None:
 
 
 def _signed(archive: zipfile.ZipFile, keys: Sequence[VerifierKey]) -> _Signed:
-    """Return what the checkpoint proves."""
-    note = _read(archive, CHECKPOINT).decode()
-    if not note:
+    """Return what the checkpoints prove."""
+    newest = _read(archive, CHECKPOINT).decode()
+    if not newest:
         return _Signed(None, (), {})
-    try:
-        text, signed_by = open_note(note, keys)
-        checkpoint = Checkpoint.parse(text)
-    except NoteError as error:
-        raise ExportError(f"the checkpoint does not hold: {error}") from None
+    notes = _Notes(keys)
+    checkpoint, signers = notes.opened(newest)
     heads: dict[str, _Head] = {}
     seen: set[int] = set()
     when = ""
     for line in _lines(archive, HEADS):
-        number, head = _head(line, checkpoint)
+        fields = orjson.loads(line)
+        by, signed_by = notes.opened(fields["note"])
+        number, head = _head(fields, by)
+        if _journal(by.origin) != _journal(checkpoint.origin):
+            raise ExportError("the checkpoints are of two logs")
         if number in seen or head.get("session") in heads:
             raise ExportError(f"line {number} of the journal stands there twice")
         seen.add(number)
-        if number == checkpoint.size:
+        if (fields["note"], number) == (newest, checkpoint.size):
             when = head["time"]
-        if "root" in head:
+        if "root" in head and by.vouches_for(number):  # else anybody may have appended it
+            _check_signers(by.origin, signed_by, head["time"])
             root = b64decode(head["root"], validate=True)
             heads[head["session"]] = _Head(head["sequence"], root)
-    _check_signers(checkpoint.origin, signed_by, when)
-    return _Signed(checkpoint.origin, signed_by, heads)
+    _check_signers(checkpoint.origin, signers, when)
+    return _Signed(checkpoint.origin, notes.signers(), heads)
 
 
-def _head(line: bytes, checkpoint: Checkpoint) -> tuple[int, dict[str, Any]]:
+class _Notes:
+    """The checkpoints of an archive, each of which is opened once."""
+
+    def __init__(self, keys: Sequence[VerifierKey]) -> None:
+        self._keys = keys
+        self._opened: dict[str, tuple[Checkpoint, tuple[VerifierKey, ...]]] = {}
+
+    def opened(self, note: str) -> tuple[Checkpoint, tuple[VerifierKey, ...]]:
+        """Return a checkpoint, and who signed it."""
+        if note not in self._opened:
+            try:
+                text, signers = open_note(note, self._keys)
+                self._opened[note] = Checkpoint.parse(text), signers
+            except NoteError as error:
+                raise ExportError(f"the checkpoint does not hold: {error}") from None
+        return self._opened[note]
+
+    def signers(self) -> tuple[VerifierKey, ...]:
+        """Return all who signed, those of the newest one first."""
+        return tuple(dict.fromkeys(key for _, keys in self._opened.values() for key in keys))
+
+
+def _head(fields: dict[str, Any], checkpoint: Checkpoint) -> tuple[int, dict[str, Any]]:
     """Return a line of the journal, and its number."""
-    fields = orjson.loads(line)
     told = fields["head"].encode()
     head = orjson.loads(told)
     number = head["number"]

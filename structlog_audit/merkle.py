@@ -110,13 +110,20 @@ class Tree:
         """Return the root."""
         return self._root(0, self.size) if self.size else EMPTY_ROOT
 
-    def proof(self, index: int) -> list[bytes]:
+    def proof(self, index: int, size: int | None = None) -> list[bytes]:
         """Prove that a leaf is in the tree, as `inclusion_proof` does.
 
+        Args:
+            index: position of the leaf, from 0.
+            size: number of leaves of an earlier tree, that this one begins with; its own if None.
+
         Raises:
-            ValueError: there is no such leaf.
+            ValueError: there is no such leaf, or there are fewer leaves.
         """
-        return [self._root(low, high) for low, high in _beside(index, self.size)]
+        size = self.size if size is None else size
+        if size > self.size:
+            raise ValueError(f"fewer than {size} leaves")
+        return [self._root(low, high) for low, high in _beside(index, size)]
 
     def _root(self, low: int, high: int) -> bytes:
         size = high - low

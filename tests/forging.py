@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from structlog_audit import AuditHandler, FileSink
 from structlog_audit.chain import identity, line_hash, link
 from structlog_audit.checkpoint import Signer
 from structlog_audit.journal import journal_origin
-from structlog_audit.merkle import Frontier, leaf_hash
+from structlog_audit.merkle import Frontier, inclusion_proof, leaf_hash
 from structlog_audit.note import Checkpoint, SigningKey, sign, text_of
 
 PAST = time.time() - 3600
@@ -116,6 +117,40 @@ def put_events(
         lines.append(json.dumps(event, separators=(",", ":")).encode())
         tree.append(leaf_hash(lines[-1]))
     put(journal_path(directory), lines)
+
+
+def append_event(directory: Path, event: dict[str, Any]) -> None:
+    """Append a line to the journal, as anybody can who may write there."""
+    last = lines_of(journal_path(directory))[-1]
+    number = json.loads(last)["number"] + 1
+    event = {**event, "number": number, "prev": line_hash(last)}
+    with journal_path(directory).open("a") as file:
+        file.write(json.dumps(event, separators=(",", ":")) + "\n")
+
+
+def append_head(directory: Path, lines: Sequence[bytes]) -> None:
+    """Append a head of a session to the journal, with the root over other lines than its own."""
+    session, _ = identity(lines[0])
+    end = next(e for e in events_of(directory)
+               if (e["event"], e.get("session")) == ("Close", session))  # fmt: skip
+    own = lines_of(directory / end["file"])[len(lines) - 1]
+    known = {name: end[name] for name in ("time", "pid", "hostname", "session")}
+    append_event(directory, {**known, "event": "Head", "sequence": len(lines),
+                             "hash": line_hash(own), "root": root_of(lines)})  # fmt: skip
+
+
+def root_of(lines: Sequence[bytes]) -> str:
+    """Return the root of the tree over lines."""
+    tree = Frontier()
+    for line in lines:
+        tree.append(leaf_hash(line))
+    return b64encode(tree.root()).decode()
+
+
+def inclusion(lines: Sequence[bytes], number: int, size: int) -> list[str]:
+    """Prove that a line is among the first ones."""
+    hashes = inclusion_proof(map(leaf_hash, lines), number - 1, size)
+    return [b64encode(each).decode() for each in hashes]
 
 
 def recompute(directory: Path, key: SigningKey | None = None, *, strip: bool = False) -> None:

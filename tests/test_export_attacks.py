@@ -13,13 +13,22 @@ from typing import Any
 
 import pytest
 from aging import command
+from forging import append_head, inclusion, journal_path, lines_of, relinked, root_of, session_paths
 from signing import make_key
 
 from structlog_audit import AuditHandler, FileSink, Signer, handover
 from structlog_audit.archive import statement
 from structlog_audit.export import export
 from structlog_audit.handover import ExportError, Received, verify_export
-from structlog_audit.note import Checkpoint, NoteError, SigningKey, open_note, sign
+from structlog_audit.note import (
+    Checkpoint,
+    NoteError,
+    SigningKey,
+    VerifierKey,
+    open_note,
+    sign,
+    text_of,
+)
 
 TODAY = datetime.now(timezone.utc).date()
 Members = dict[str, bytes]
@@ -36,13 +45,20 @@ class Archive:
         self.public.write_text(str(self.key.verifier))
         self.signer = Signer(self.key_file)
         for _ in range(2):
-            handler = AuditHandler(FileSink(self.log, signer=self.signer))
-            for number in range(3):
-                handler.record({"action": "A", "company_id": "acme", "data": {"n": number}})
-            handler.close()
-        export(self.log, self.path, first=TODAY - timedelta(days=1), last=TODAY, company="acme",
-               record=lambda entry: None, signer=self.signer)  # fmt: skip
+            self.record(self.signer)
+        self.export()
         self.members = contents(self.path.read_bytes())
+
+    def record(self, signer: Signer) -> None:
+        handler = AuditHandler(FileSink(self.log, signer=signer))
+        for number in range(3):
+            handler.record({"action": "A", "company_id": "acme", "data": {"n": number}})
+        handler.close()
+
+    def export(self, *keys: VerifierKey) -> None:
+        self.path.unlink(missing_ok=True)
+        export(self.log, self.path, first=TODAY - timedelta(days=1), last=TODAY, company="acme",
+               record=lambda entry: None, signer=self.signer, keys=keys)  # fmt: skip
 
     def verify(self, path: Path | None = None) -> Received:
         return verify_export(path or self.path, [self.key.verifier])
@@ -217,6 +233,74 @@ def test_the_signature_of_the_manifest_is_the_one_of_this_log(
         forged = archive.write({**archive.members, "manifest.note": note.encode()})
         with pytest.raises(ExportError, match=said):
             archive.verify(forged)
+
+
+def forged_log(archive: Archive) -> list[bytes]:
+    """Append a head of the first session with a root over other lines, have it signed, and return
+    these."""
+    lines = lines_of(session_paths(archive.log)[0])
+    forged = relinked([line.replace(b'"n":1', b'"n":9') for line in lines])
+    assert len(set(forged) - set(lines)) > 1
+    append_head(archive.log, forged)
+    archive.record(archive.signer)
+    return forged
+
+
+def ndjson(*lines: object) -> bytes:
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def test_a_root_that_somebody_appended_to_the_journal_proves_nothing(archive: Archive) -> None:
+    """Although the next note covers it: that says which lines its signer wrote."""
+    forged = forged_log(archive)
+    journal = lines_of(journal_path(archive.log))
+    note = [json.loads(line)["note"] for line in journal if b'"note":' in line][-1]
+    size = Checkpoint.parse(text_of(note)).size
+    session = json.loads(forged[0])["session"]
+    claimed = next(n for n, line in enumerate(journal, 1) if root_of(forged).encode() in line)
+
+    def lie(members: Members) -> None:
+        members["entries.ndjson"] = b"".join(line + b"\n" for line in forged[1:4])
+        members["proofs.ndjson"] = ndjson(*(
+            {"session": session, "sequence": number, "proof": inclusion(forged, number, 5)}
+            for number in (2, 3, 4)
+        ))  # fmt: skip
+        members["heads.ndjson"] = ndjson(*(
+            {"head": journal[n - 1].decode(), "proof": inclusion(journal, n, size), "note": note}
+            for n in (size, claimed)
+        ))  # fmt: skip
+        members["checkpoint.note"] = note.encode()
+
+    with pytest.raises(ExportError, match="is not the one that was signed"):
+        archive.verify(archive.change(lie, signed=False))
+
+
+def test_a_root_that_somebody_appended_takes_no_proof_away(archive: Archive) -> None:
+    """An export passes it over."""
+    forged_log(archive)
+    archive.export()
+
+    received = archive.verify()
+
+    assert (received.entries, received.proven) == (9, 9)
+    assert received.manifest["contradicting"] == 0
+    assert received.manifest["verdict"] == "tampered"
+
+
+def test_each_head_is_signed_by_the_key_of_its_time(archive: Archive, tmp_path: Path) -> None:
+    """Who verifies has all of them."""
+    new = make_key(tmp_path / "new.key")
+    archive.record(Signer(tmp_path / "new.key"))
+    both = [archive.key.verifier, new.verifier]
+    archive.export(*both)
+
+    received = verify_export(archive.path, both)
+
+    assert (received.entries, received.proven) == (9, 9)
+    assert set(received.keys) == {str(key) for key in both}
+    for key in both:
+        with pytest.raises(ExportError, match="none of the known keys"):
+            verify_export(archive.path, [key])
 
 
 def test_something_before_or_behind_an_archive_is_seen(archive: Archive) -> None:
