@@ -188,8 +188,12 @@ class Log:
         for claim in evidence.claims:
             claims.setdefault(claim.session, []).append(claim)
         for session, its in claims.items():
-            path = paths.get(evidence.sessions.get(session, Facts()).file)
-            for claim in [] if path is None else false_among(its, path, follow=not self.whole):
+            file = evidence.sessions.get(session, Facts()).file
+            if file in paths:
+                false = false_among(its, paths[file], follow=not self.whole)
+            else:
+                false = [] if file else its  # no signer tells of a session that none began
+            for claim in false:
                 evidence.add("tampered", "inserted", f"its root of session {session} is none that "
                              "a signer wrote, and not that of the file: somebody else appended "
                              "it", claim.line, claim.offset)  # fmt: skip

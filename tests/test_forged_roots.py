@@ -101,6 +101,17 @@ def test_a_root_that_no_signer_wrote_is_tampered(log: Log, at: int) -> None:
     assert "none that a signer wrote" in found.reason
 
 
+def test_a_root_of_a_session_that_never_was_is_tampered(log: Log) -> None:
+    """No file can tell that it is none, and no signer tells of such a session."""
+    close = next(event for event in events_of(log.directory) if event["event"] == "Close")
+    append_event(log.directory, {**close, "event": "Head", "session": "a" * 20})
+    log.record()
+
+    (found,) = log.verify().findings
+    assert (found.verdict, found.kind) == ("tampered", "inserted")
+    assert "none that a signer wrote" in found.reason
+
+
 @pytest.mark.parametrize("root", ["", "x", 7, None, ["A"]])
 def test_a_root_that_is_none_is_tampered(log: Log, root: object) -> None:
     """Whatever stands there, and for whatever line."""
