@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from structlog_audit.merkle import (
     EMPTY_ROOT,
     Frontier,
+    Tree,
     consistency_proof,
     inclusion_proof,
     leaf_hash,
@@ -111,6 +112,17 @@ def test_every_leaf_of_every_tree_is_proved() -> None:
 
             assert verify_inclusion(LEAVES[index], index, size, proof, ROOTS[size])
             assert len(proof) <= (size - 1).bit_length()
+
+
+def test_a_whole_tree_proves_the_leaves_of_every_earlier_one() -> None:
+    """With the proof of that tree; and none of a later one."""
+    tree = Tree(LEAVES[:MOST])
+    for size in range(1, MOST + 1):
+        for index in range(size):
+            assert tree.proof(index, size) == inclusion_proof(LEAVES, index, size)
+    assert tree.proof(3) == tree.proof(3, MOST)
+    with pytest.raises(ValueError, match="fewer than 71 leaves"):
+        tree.proof(3, MOST + 1)
 
 
 def test_no_other_leaf_place_proof_or_root_is_proved() -> None:
