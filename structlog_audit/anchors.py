@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from structlog_audit.exceptions import AuditConfigurationError
-from structlog_audit.note import Checkpoint, UnknownKeys, VerifierKey, open_note
+from structlog_audit.note import EXPORTED, Checkpoint, UnknownKeys, VerifierKey, open_note
 from structlog_audit.source import Lines, Source, Unreadable
 
 _NOTE = re.compile(r"(?:[^\n]+\n){3,}\n(?:— [^\n]+\n?)+")
@@ -61,7 +61,8 @@ def read_anchors(notes: Iterable[str], keys: Sequence[VerifierKey]) -> tuple[lis
         keys: the known ones.
 
     Returns:
-        The anchors, and how many notes were signed by none of the keys.
+        The anchors (what signs an export is none), and how many notes were signed by none of the
+        keys.
 
     Raises:
         NoteError: a note is none, or its signature by one of the keys is wrong.
@@ -71,7 +72,8 @@ def read_anchors(notes: Iterable[str], keys: Sequence[VerifierKey]) -> tuple[lis
     for note in notes:
         try:
             text, _ = open_note(note, keys)
-            anchors[Anchor(Checkpoint.parse(text))] = None
+            if text.split("\n")[1] != EXPORTED:
+                anchors[Anchor(Checkpoint.parse(text))] = None
         except UnknownKeys:
             others += 1
     return list(anchors), others

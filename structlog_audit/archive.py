@@ -12,6 +12,8 @@ import zipfile
 from collections.abc import Iterable
 from hashlib import sha256
 
+from structlog_audit.note import EXPORTED
+
 FORMAT = "structlog-audit/export/1"
 MANIFEST, MANIFEST_NOTE = "manifest.json", "manifest.note"
 ENTRIES, PROOFS, HEADS = "entries.ndjson", "proofs.ndjson", "heads.ndjson"
@@ -57,7 +59,7 @@ def statement(origin: str, manifest: bytes) -> str:
         origin: name of the log.
         manifest: the content of `manifest.json`.
     """
-    return f"{origin}\nstructlog-audit export\nsha256:{sha256(manifest).hexdigest()}\n"
+    return f"{origin}\n{EXPORTED}\nsha256:{sha256(manifest).hexdigest()}\n"
 
 
 def time_of(line: bytes) -> str | None:

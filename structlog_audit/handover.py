@@ -42,6 +42,7 @@ from structlog_audit.source import CHUNK, LONGEST_LINE, Lines, Unreadable
 LARGEST = 16 * 2**20
 """Bytes of what is read as a whole: manifest, notes, a line of proofs or heads."""
 _END = struct.Struct("<4s6xH8xH")
+_HEADER = struct.Struct("<26xHH")
 """The record at the end of a zip file: how it begins, how many members there are, and how long a
 comment is."""
 _TEXTS = ("library", "made", "prefix", "from", "to", "zone", "begin", "end", "by", "verdict")
@@ -167,6 +168,21 @@ def _check_ends(file: IO[bytes], archive: zipfile.ZipFile) -> None:
         raise ExportError("something stands before or behind the archive in its file")
     if count != len(items):
         raise zipfile.BadZipFile
+    _check_gaps(file, archive)
+
+
+def _check_gaps(file: IO[bytes], archive: zipfile.ZipFile) -> None:
+    """Make sure that the members stand side by side, and nothing stands between them."""
+    places = [0]
+    items = sorted(archive.infolist(), key=lambda item: item.header_offset)
+    for item in items:
+        file.seek(item.header_offset)
+        name, extra = _HEADER.unpack(file.read(_HEADER.size))
+        places.append(item.header_offset + _HEADER.size + name + extra + item.compress_size)
+    if places != [*(item.header_offset for item in items), archive.start_dir] or any(
+        item.comment for item in items
+    ):
+        raise ExportError("something stands between the files of the archive")
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:

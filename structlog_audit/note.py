@@ -33,6 +33,8 @@ LARGEST_TREE = 2**63 - 1
 _ED25519 = b"\x01"
 _PRIVATE = "PRIVATE+KEY+"
 _NAME = r"[^+\s\x00-\x1f\ud800-\udfff]+"
+EXPORTED = "structlog-audit export"
+"""Second line of what signs an export, where a checkpoint has its size."""
 _KEY = re.compile(rf"({_NAME})\+([0-9a-f]{{8}})\+([A-Za-z0-9+/=]+)")
 _SIGNATURE = re.compile(rf"— ({_NAME}) ([A-Za-z0-9+/=]+)")
 _UNFIT = re.compile(r"[\x00-\x09\x0b-\x1f\ud800-\udfff]")

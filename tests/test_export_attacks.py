@@ -17,6 +17,7 @@ from forging import append_head, inclusion, journal_path, lines_of, relinked, ro
 from signing import make_key
 
 from structlog_audit import AuditHandler, FileSink, Signer, handover
+from structlog_audit.anchors import notes_in
 from structlog_audit.archive import statement
 from structlog_audit.export import export
 from structlog_audit.handover import ExportError, Received, verify_export
@@ -29,6 +30,7 @@ from structlog_audit.note import (
     sign,
     text_of,
 )
+from structlog_audit.verify import verify
 
 TODAY = datetime.now(timezone.utc).date()
 Members = dict[str, bytes]
@@ -312,12 +314,52 @@ def test_something_before_or_behind_an_archive_is_seen(archive: Archive) -> None
             archive.verify(archive.forged)
 
 
+def test_something_between_the_files_of_an_archive_is_seen(archive: Archive) -> None:
+    """A program that reads from the front would see a member that others do not."""
+    data = archive.path.read_bytes()
+    with zipfile.ZipFile(archive.path) as read:
+        start = read.start_dir
+    hidden = io.BytesIO()
+    with zipfile.ZipFile(hidden, "w") as more:
+        more.writestr("entries.ndjson", b"{}\n")
+    local = hidden.getvalue()[: more.start_dir]
+    moved = data[-22:-6] + (start + len(local)).to_bytes(4, "little") + data[-2:]
+    archive.forged.write_bytes(data[:start] + local + data[start:-22] + moved)
+    assert contents(archive.forged.read_bytes()) == archive.members
+    with pytest.raises(ExportError, match="between the files"):
+        archive.verify(archive.forged)
+
+    archive.write(archive.members)
+    with zipfile.ZipFile(archive.forged, "a") as out:
+        out.infolist()[0].comment = b"told nobody"
+        out.comment = b"x"  # so that the directory is written anew
+        out.comment = b""
+    with pytest.raises(ExportError, match="between the files"):
+        archive.verify(archive.forged)
+
+
+def test_an_archive_that_was_unpacked_is_an_anchor(archive: Archive, tmp_path: Path) -> None:
+    """Its checkpoint is; what signs the archive is none."""
+    place = tmp_path / "unpacked"
+    place.mkdir()
+    for name, data in archive.members.items():
+        (place / name).write_bytes(data)
+    notes = notes_in(str(place))
+    report = verify(archive.log, keys=[archive.key.verifier], anchors=notes)
+    assert report.anchored_until is not None
+
+
+def sizes(data: bytes) -> list[int]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return [item.compress_size for item in archive.infolist()]
+
+
 def whole_at(place: int, data: bytes, archive: Archive) -> bool:
     """Tell whether an archive is the same, after a byte of it was flipped."""
     if place - len(data) in (-12, -11, -2, -1):  # how many members there are, and what follows
         return False
     try:
-        return contents(data) == archive.members
+        return contents(data) == archive.members and sizes(data) == sizes(archive.path.read_bytes())
     except Exception:  # zipfile raises whatever it meets
         return False
 

@@ -13,10 +13,10 @@ import structlog_audit
 ROWS = [
     "exceptions _version names values context chain merkle sinks.__init__ sinks._base "
     "sinks._durable sinks._lock",
-    "entry age alarm archive helper disk exclusions holds note report session_tree source "
+    "entry age alarm helper disk exclusions holds note report session_tree source "
     "sinks._key sinks._exchange web._client",
-    "formats anchoring business journal keys new_file orphans roots scan selection visible anchors "
-    "facts sinks._address sinks._delivery web.__init__",
+    "formats anchoring archive business journal keys new_file orphans roots scan selection visible "
+    "anchors facts sinks._address sinks._delivery web.__init__",
     "checkpoint proof directory evidence listing wanted workers",
     "account signed_heads",
     "judge log",
