@@ -7,7 +7,6 @@ that it signs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,6 +20,7 @@ from structlog_audit.facts import Ending, Facts, Point
 from structlog_audit.holds import Hold, Prune, in_force
 from structlog_audit.journal import journal_origin
 from structlog_audit.merkle import Frontier, leaf_hash
+from structlog_audit.names import SESSION_FILE
 from structlog_audit.note import (
     Checkpoint,
     NoteError,
@@ -317,6 +317,8 @@ class _Reading:
         elif self._prefix is not None and fields["prefix"] != self._prefix:
             self.evidence.add("tampered", "renamed", "it is the journal of another prefix", place,
                               offset, self._prefix, str(fields["prefix"]))  # fmt: skip
+        else:
+            self._prefix = str(fields["prefix"])
 
     def _rewritten(self, expected: Mapping[str, Any], place: int, offset: int) -> None:
         self.evidence.add(
@@ -326,11 +328,15 @@ class _Reading:
         )  # fmt: skip
 
     def _session(self, event: str, fields: Mapping[str, Any], place: int, offset: int) -> None:
-        facts = self.evidence.sessions.setdefault(str(fields["session"]), Facts())
+        session, file = str(fields["session"]), "" if event == "Head" else str(fields["file"])
+        if file and not self._is_file_of(session, file):
+            self.evidence.add("tampered", "inserted", f"it gives session {session} a file that is "
+                              "none of that session", place, offset, found=file)  # fmt: skip
+            return
+        facts = self.evidence.sessions.setdefault(session, Facts())
         sequence, hash_ = int(fields["sequence"]), str(fields["hash"])
         known, found = facts.hashes.get(sequence), bool(fields.get("found"))
         if event != "Head":
-            file = os.path.basename(str(fields["file"]))
             if facts.file not in ("", file):
                 raise ValueError("another file than before")
             facts.file = file
@@ -356,6 +362,13 @@ class _Reading:
             facts.ending = Ending("Close", sequence, line, found)
         elif event == "Break" and facts.ending is None:
             facts.ending = Ending("Break", sequence, line, found)
+
+    def _is_file_of(self, session: str, file: str) -> bool:
+        """Tell whether a name is that of the file of a session, as this journal would have it."""
+        named = SESSION_FILE.fullmatch(file)
+        if named is None or named["copy"]:
+            return False
+        return named["session"] == session and self._prefix in (None, named["prefix"])
 
     def _hold(self, event: str, fields: Mapping[str, Any], place: int, offset: int) -> None:
         holds, name = self.evidence.holds, str(fields["id"])

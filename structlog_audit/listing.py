@@ -16,6 +16,7 @@ from datetime import datetime, timedelta, timezone
 import orjson
 
 from structlog_audit.exceptions import AuditConfigurationError
+from structlog_audit.holds import parse_time
 from structlog_audit.names import JOURNAL, SESSION_FILE, journal_name
 from structlog_audit.selection import Selection
 from structlog_audit.source import STDIN, Lines, Source, Unreadable
@@ -25,6 +26,8 @@ Path = str | os.PathLike[str]
 SLACK = timedelta(hours=1)
 """How much earlier than its file, or later than its end, an entry may say it was: it is stamped
 before it waits for its turn, and clocks are set."""
+Span = tuple[datetime | None, datetime | None]
+"""When a session began and ended; None for what is not known."""
 _log = logging.getLogger("structlog_audit")
 
 
@@ -156,41 +159,52 @@ class Bounds:
     """When the sessions of some directories began and ended, as their journals say."""
 
     def __init__(self) -> None:
-        self._journals: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
+        self._journals: dict[tuple[str, str], dict[str, Span]] = {}
 
     def of(self, file: File) -> tuple[datetime | None, datetime | None]:
         """Return before and after which moment a file has no entry, as far as is known."""
-        if file.prefix is None:
+        named = SESSION_FILE.fullmatch(file.name)
+        if file.prefix is None or named is None:
             return None, None
         place = os.path.dirname(file.path), file.prefix
         if place not in self._journals:
-            self._journals[place] = _sessions(os.path.join(place[0], journal_name(file.prefix)))
-        begin, end = self._journals[place].get(file.name, ("", ""))
-        opened = moment(begin) or _day(file.day)
-        closed = moment(end)
-        return opened and opened - SLACK, closed and closed + SLACK
+            self._journals[place] = _sessions(*place)
+        begin, end = self._journals[place].get(named["session"], (None, None))
+        begin = begin or _day(file.day)
+        return _moved(begin, -SLACK), _moved(end, SLACK)
 
 
-def _sessions(journal: str) -> dict[str, tuple[str, str]]:
-    """Return when each file was opened and closed; what cannot be read is not known."""
-    found: dict[str, tuple[str, str]] = {}
-    with contextlib.suppress(Unreadable), Source(journal) as source:
+def _sessions(directory: str, prefix: str) -> dict[str, Span]:
+    """Return when each session began and ended; what cannot be read is not known."""
+    found: dict[str, Span] = {}
+    path = os.path.join(directory, journal_name(prefix))
+    with contextlib.suppress(Unreadable), Source(path) as source:
         for lines in Lines(source.chunks()):
             for line in lines:
                 if b'"file":"' in line:
-                    _note(found, line)
+                    _note(found, prefix, line)
     return found
 
 
-def _note(found: dict[str, tuple[str, str]], line: bytes) -> None:
+def _note(found: dict[str, Span], prefix: str, line: bytes) -> None:
+    """Take in what a line says of a session, if its file is that session's: it may be anybody's."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         fields = orjson.loads(line)
-        name, time, event = fields["file"], fields["time"], fields["event"]
-        opened, closed = found.get(name, ("", ""))
+        named, event = SESSION_FILE.fullmatch(fields["file"]), fields["event"]
+        if named is None or (named["prefix"], named["session"]) != (prefix, fields["session"]):
+            return
+        time = parse_time(str(fields["time"]))
+        opened, closed = found.get(named["session"], (None, None))
         if event == "Open":
-            found[name] = min(opened or time, time), closed
+            found[named["session"]] = min(opened or time, time), closed
         elif event in ("Close", "Break"):
-            found[name] = opened, max(closed, time)
+            found[named["session"]] = opened, max(closed or time, time)
+
+
+def _moved(time: datetime | None, by: timedelta) -> datetime | None:
+    with contextlib.suppress(OverflowError):
+        return time and time + by
+    return None
 
 
 def moment(text: str) -> datetime | None:

@@ -15,7 +15,7 @@ from structlog_audit.evidence import Evidence, read_journal
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.facts import Facts
 from structlog_audit.holds import Hold, parse_time
-from structlog_audit.names import COPIES, journal_name, session_names
+from structlog_audit.names import COPIES, SESSION_FILE, journal_name, session_names
 from structlog_audit.note import VerifierKey
 from structlog_audit.retention import Session, why_it_stays
 from structlog_audit.scan import last_of
@@ -180,11 +180,10 @@ class Survey:
         return {max(here, key=by_line)[0], max(here, key=by_day)[0]} if here else set()
 
     def _past(self, cutoff: datetime, forms: Mapping[str, list[str]]) -> tuple[list[Session], int]:
-        facts = {each.file: (name, each) for name, each in self.evidence.sessions.items()}
         newest = self._newest(forms)
         past, younger = [], 0
         for plain, names in forms.items():
-            session, known = facts.get(plain, ("", None))
+            session, known = self._facts(plain)
             ended = known.times()[1] if known is not None else None
             if ended is not None and ended >= cutoff:
                 younger += 1
@@ -199,6 +198,13 @@ class Survey:
             else:
                 younger += 1
         return past, younger
+
+    def _facts(self, plain: str) -> tuple[str, Facts | None]:
+        """Return the session whose file has that name, and what the journal says of it."""
+        named = SESSION_FILE.fullmatch(plain)
+        session = "" if named is None else named["session"]
+        known = self.evidence.sessions.get(session)
+        return (session, known) if known is not None and known.file == plain else ("", None)
 
     def _with_facts(self, found: Session, session: str, facts: Facts) -> Session:
         """Add what the journal says; where two times are known, the span is the longer one."""

@@ -130,6 +130,27 @@ def test_a_line_of_the_journal_that_was_written_twice(log: Path) -> None:
     assert verify(log).verdict == "valid"
 
 
+@pytest.mark.parametrize("event", ["Open", "Close", "Break"])
+@pytest.mark.parametrize("whose", ["another session's", "another prefix's", "a copy", "no name"])
+def test_a_session_has_no_file_but_its_own(event: str, whose: str, log: Path) -> None:
+    """An invented session would have the file of a real one go, or not be looked into."""
+    path, close = last_session(log)
+    invented = "z" * 20
+    name = {
+        "another session's": path.name,
+        "another prefix's": path.name.replace("audit-", "other-").replace(
+            close["session"], invented
+        ),
+        "a copy": path.name.replace(close["session"], invented) + ".zst",
+        "no name": "notes.txt",
+    }[whose]
+    told = {"sequence": 1, "hash": "0" * 64, "reason": "closed"}
+    put_events(log, [*events_of(log), {**close, **told, "event": event, "file": name,
+                                       "session": invented}])  # fmt: skip
+    (finding,) = verify(log).findings
+    assert (finding.verdict, finding.kind, finding.found) == ("tampered", "inserted", name)
+
+
 def took(begin: float) -> float:
     """Return the seconds of processor time since then: others may keep this machine busy."""
     return time.process_time() - begin

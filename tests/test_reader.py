@@ -222,13 +222,42 @@ def test_a_session_that_goes_on_past_midnight_is_found_on_the_next_day(
     path = next(p for p in session_files(month) if "-20250110-" in p.name)
     name = path.name.replace("-20250110-", "-20250108-")
     (tmp_path / name).write_bytes(path.read_bytes())
-    events = [{"event": "Open", "file": name, "time": "2025-01-08T23:00:00.000000Z"},
-              {"event": "Close", "file": name, "time": "2025-01-10T18:00:00.000000Z"}]  # fmt: skip
+    told = {"file": name, "session": name.split(".")[0][-20:]}
+    events = [{"event": "Open", **told, "time": "2025-01-08T23:00:00.000000Z"},
+              {"event": "Close", **told, "time": "2025-01-10T18:00:00.000000Z"}]  # fmt: skip
     journal = "\n".join(json.dumps(event, separators=(",", ":")) for event in events) + "\n"
     (tmp_path / "audit-journal.ndjson").write_text(journal)
     assert list(entries(tmp_path, since="2025-01-10"))
     assert not list(entries(tmp_path, since="2025-01-11"))
     assert not list(entries(tmp_path, until="2025-01-09"))
+
+
+def append_to_journal(directory: Path, **event: Any) -> None:
+    with (directory / "audit-journal.ndjson").open("ab") as journal:
+        journal.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"session": "z" * 20, "time": "2000-01-01T00:00:00.000000Z"},
+        {"time": "2000-01-01T00:00:00"},
+        {"time": 5},
+        {"time": "soon"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("event", ["Open", "Close"])
+def test_a_line_of_the_journal_that_may_be_anybodys_hides_no_file(
+    handler: AuditHandler, audit_dir: Path, event: str, forged: Fields
+) -> None:
+    """A session that is not the file's says nothing of it; and a time may be none."""
+    handler.record({"action": "Bribe"})
+    (path,) = session_files(audit_dir)
+    told = {"event": event, "file": path.name, "session": path.stem[-20:], **forged}
+    append_to_journal(audit_dir, **told)
+    for query in ({"since": "1h"}, {"until": "2100-01-01"}, {"since": "1h", "in_time_order": True}):
+        assert len(lines(entries(audit_dir, action="Bribe", **query))) == 1
 
 
 def test_what_is_no_entry_is_reported_and_reading_goes_on(

@@ -294,6 +294,22 @@ def test_nothing_goes_where_a_session_has_gone_without_a_tombstone(log: Log, how
     assert {**contents(log.directory), ".keeping.lock": b""} == {**before, ".keeping.lock": b""}
 
 
+def test_an_invented_session_does_not_have_the_file_of_a_real_one_go(log: Log) -> None:
+    """Its tombstone would be that of the invented one, and the real file missing ever after."""
+    log.record(200)
+    log.record(80)
+    close = next(e for e in journal_events(log.directory) if e["event"] == "Close")
+    told = {**close, "session": "z" * 20, "sequence": 1, "hash": "0" * 64}
+    forged = {n: told[n] for n in ("event", "file", "session", "sequence", "hash", "reason")}
+    with days_ago(200):
+        Journal(str(log.directory), "audit").append(forged)
+    before = contents(log.directory)
+    ran = command("retain", log.directory, *KEEP, "--yes", **log.environ)
+    assert ran.returncode == 1
+    assert "is not to be relied on: it gives session zzzz" in ran.stderr
+    assert {**contents(log.directory), ".keeping.lock": b""} == {**before, ".keeping.lock": b""}
+
+
 def test_a_session_that_is_in_the_journal_alone_is_not_the_newest(log: Log) -> None:
     """That one is among those that are there."""
     log.record(200)
