@@ -115,7 +115,9 @@ def _make(source: Directory, name: str, target: Directory, final: str, *, compre
     with contextlib.suppress(FileNotFoundError):
         _remove_part(target, part)
     try:
-        original = _write(_chunks(source, name), target, part, compressed=compressed)
+        written = source.status(name).st_mtime_ns
+        chunks = _chunks(source, name)
+        original = _write(chunks, target, part, written, compressed=compressed)
         _check(original, target, part, compressed=compressed)
         if _exists(target, final):
             raise CopyDiffers(f"{os.path.join(target.path, final)} appeared meanwhile")
@@ -127,8 +129,13 @@ def _make(source: Directory, name: str, target: Directory, final: str, *, compre
     _durable.sync_directory(target.base)
 
 
-def _write(chunks: Iterable[bytes], target: Directory, part: str, *, compressed: bool) -> Digest:
-    """Write a copy and sync it; return what the original holds."""
+def _write(
+    chunks: Iterable[bytes], target: Directory, part: str, written: int, *, compressed: bool
+) -> Digest:
+    """Write a copy and sync it; return what the original holds.
+
+    It was written when the original was (nanoseconds): a reader leaves out files by that.
+    """
     length, hash_ = 0, sha256()
     squeeze = _compressor() if compressed else None
     descriptor = _durable.create(target.path, target.base, part)
@@ -140,6 +147,9 @@ def _write(chunks: Iterable[bytes], target: Directory, part: str, *, compressed:
             _durable.write_all(descriptor, data)
         if squeeze is not None:
             _durable.write_all(descriptor, squeeze.flush())
+        if os.utime in os.supports_fd:
+            with contextlib.suppress(OSError):  # then it is read in vain
+                os.utime(descriptor, ns=(written, written))
         _durable.sync(descriptor)
         _durable.read_anew(descriptor)
     finally:

@@ -26,8 +26,6 @@ Path = str | os.PathLike[str]
 SLACK = timedelta(hours=1)
 """How much earlier than its file, or later than its end, an entry may say it was: it is stamped
 before it waits for its turn, and clocks are set."""
-Span = tuple[datetime | None, datetime | None]
-"""When a session began and ended; None for what is not known."""
 _log = logging.getLogger("structlog_audit")
 
 
@@ -155,8 +153,24 @@ def _plain(name: str) -> str:
     return name if named is None else named["plain"]
 
 
+@dataclass(slots=True)
+class Span:
+    """From when to when the journal tells of a session, and whether of its end.
+
+    The clock may have been set meanwhile, so it is the earliest and the latest time of all lines.
+    """
+
+    first: datetime | None
+    last: datetime | None = None
+    ended: bool = False
+
+
 class Bounds:
-    """When the sessions of some directories began and ended, as their journals say."""
+    """When the sessions of some directories began and ended, as their journals say.
+
+    Rather a file is read in vain than left out: where it was written later than its end, or earlier
+    than its begin, the clock was set, or somebody else has written that line of the journal.
+    """
 
     def __init__(self) -> None:
         self._journals: dict[tuple[str, str], dict[str, Span]] = {}
@@ -169,9 +183,11 @@ class Bounds:
         place = os.path.dirname(file.path), file.prefix
         if place not in self._journals:
             self._journals[place] = _sessions(*place)
-        begin, end = self._journals[place].get(named["session"], (None, None))
-        begin = begin or _day(file.day)
-        return _moved(begin, -SLACK), _moved(end, SLACK)
+        span = self._journals[place].get(named["session"], Span(_day(file.day)))
+        changed = _changed(file.path)
+        begin = min((t for t in (span.first, changed) if t is not None), default=None)
+        end = _moved(span.last, SLACK) if span.ended else None
+        return _moved(begin, -SLACK), None if end and changed and changed > end else end
 
 
 def _sessions(directory: str, prefix: str) -> dict[str, Span]:
@@ -181,7 +197,7 @@ def _sessions(directory: str, prefix: str) -> dict[str, Span]:
     with contextlib.suppress(Unreadable), Source(path) as source:
         for lines in Lines(source.chunks()):
             for line in lines:
-                if b'"file":"' in line:
+                if b'"session":"' in line:
                     _note(found, prefix, line)
     return found
 
@@ -190,15 +206,24 @@ def _note(found: dict[str, Span], prefix: str, line: bytes) -> None:
     """Take in what a line says of a session, if its file is that session's: it may be anybody's."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         fields = orjson.loads(line)
-        named, event = SESSION_FILE.fullmatch(fields["file"]), fields["event"]
-        if named is None or (named["prefix"], named["session"]) != (prefix, fields["session"]):
+        session, event = fields["session"], fields["event"]
+        if event in ("Open", "Close", "Break"):
+            named = SESSION_FILE.fullmatch(fields["file"])
+            if named is None or (named["prefix"], named["session"]) != (prefix, session):
+                return
+        elif event != "Head":
             return
         time = parse_time(str(fields["time"]))
-        opened, closed = found.get(named["session"], (None, None))
-        if event == "Open":
-            found[named["session"]] = min(opened or time, time), closed
-        elif event in ("Close", "Break"):
-            found[named["session"]] = opened, max(closed or time, time)
+        span = found.setdefault(session, Span(time, time))
+        span.first, span.last = min(span.first or time, time), max(span.last or time, time)
+        span.ended |= event in ("Close", "Break")
+
+
+def _changed(path: str) -> datetime | None:
+    """Return when a file was written last; None if that cannot be told."""
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        return datetime.fromtimestamp(os.stat(path).st_mtime, timezone.utc)
+    return None
 
 
 def _moved(time: datetime | None, by: timedelta) -> datetime | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import structlog
+from reading import session_files, written_when_it_says
 from running import environment
 
 from structlog_audit import (
@@ -67,6 +68,8 @@ def month(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script, keys = Path(__file__).with_name("year.py"), directory.with_name("keys.pub")
     command = [sys.executable, script, directory, keys, "--days", "30", "--processes", "3"]
     subprocess.run(list(map(str, command)), check=True, timeout=120, env=environment())
+    for path in session_files(directory):
+        written_when_it_says(path)
     return directory
 
 

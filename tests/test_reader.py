@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reading import session_files
+from reading import session_files, written_when_it_says
 from running import environment
 
 from structlog_audit import (
     AuditConfigurationError,
     AuditHandler,
+    copies,
     listing,
     reader,
     selection,
     source,
 )
 from structlog_audit.reader import Problem, entries
+from structlog_audit.spool import Directory
 
 zstandard = pytest.importorskip("zstandard")
 
@@ -215,21 +218,68 @@ def test_without_a_journal_the_name_bounds_the_day_on_one_side(
     assert (min(days), max(days)) == ("20250101", "20250111")  # begun within an hour of it
 
 
+def of_the_tenth(month: Path, to: Path, day: str, *events: tuple[str, str]) -> Path:
+    """Copy the file of the tenth as if it had begun on another day; its journal says the rest."""
+    path = next(p for p in session_files(month) if "-20250110-" in p.name)
+    copy = to / path.name.replace("-20250110-", f"-{day}-")
+    copy.write_bytes(path.read_bytes())
+    written_when_it_says(copy)
+    for event, time in events:
+        append_to_journal(to, event=event, session=copy.stem[-20:], time=f"{time}:00:00.000000Z",
+                          **({} if event == "Head" else {"file": copy.name}))  # fmt: skip
+    return copy
+
+
 def test_a_session_that_goes_on_past_midnight_is_found_on_the_next_day(
     month: Path, tmp_path: Path
 ) -> None:
     """What counts is when the journal says that it ended, not the day in its name."""
-    path = next(p for p in session_files(month) if "-20250110-" in p.name)
-    name = path.name.replace("-20250110-", "-20250108-")
-    (tmp_path / name).write_bytes(path.read_bytes())
-    told = {"file": name, "session": name.split(".")[0][-20:]}
-    events = [{"event": "Open", **told, "time": "2025-01-08T23:00:00.000000Z"},
-              {"event": "Close", **told, "time": "2025-01-10T18:00:00.000000Z"}]  # fmt: skip
-    journal = "\n".join(json.dumps(event, separators=(",", ":")) for event in events) + "\n"
-    (tmp_path / "audit-journal.ndjson").write_text(journal)
+    of_the_tenth(month, tmp_path, "20250108", ("Open", "2025-01-08T23"), ("Close", "2025-01-10T23"))
     assert list(entries(tmp_path, since="2025-01-10"))
     assert not list(entries(tmp_path, since="2025-01-11"))
     assert not list(entries(tmp_path, until="2025-01-09"))
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [("Open", "2025-01-08T23"), ("Head", "2025-01-10T23"), ("Close", "2025-01-08T23")],
+        [("Open", "2025-01-08T23"), ("Close", "2025-01-08T23")],
+        [("Open", "2025-01-12T23"), ("Close", "2025-01-10T23")],
+        [("Open", "2025-01-12T23")],
+    ],
+    ids=["ahead within it", "back in the journal", "ahead at first", "ahead at first, killed"],
+)
+def test_entries_are_found_although_the_clock_was_set(
+    month: Path, tmp_path: Path, events: list[tuple[str, str]]
+) -> None:
+    """All times that are known of a file are taken together, and the time when it was written."""
+    day = events[0][1][:10].replace("-", "")
+    path = of_the_tenth(month, tmp_path, day, *events)
+    if "Head" in dict(events):  # or the time of the file would tell as much
+        then = datetime(2025, 1, 8, 23, tzinfo=timezone.utc).timestamp()
+        os.utime(path, (then, then))
+    found = lines(entries(tmp_path, since="2025-01-10", until="2025-01-10"))
+    assert found == path.read_bytes().splitlines()[1:-1]
+
+
+def test_a_compressed_copy_is_left_out_like_its_original(
+    month: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says when the original was written, not when it was compressed."""
+    path = of_the_tenth(
+        month, tmp_path, "20250110", ("Open", "2025-01-10T00"), ("Close", "2025-01-10T23")
+    )
+    place = Directory(str(tmp_path))
+    copies.compress(place, path.name)
+    place.close()
+    path.unlink()
+    read = opened(monkeypatch)
+    assert list(entries(tmp_path, since="2025-01-10"))
+    assert f"{path.name}.zst" in read
+    read.clear()
+    assert not list(entries(tmp_path, since="2025-01-12"))
+    assert read == ["audit-journal.ndjson"]
 
 
 def append_to_journal(directory: Path, **event: Any) -> None:
@@ -241,7 +291,9 @@ def append_to_journal(directory: Path, **event: Any) -> None:
     "forged",
     [
         {"session": "z" * 20, "time": "2000-01-01T00:00:00.000000Z"},
+        {"time": "2000-01-01T00:00:00.000000Z"},
         {"time": "2000-01-01T00:00:00"},
+        {"time": "0001-01-01T00:00:00Z"},
         {"time": 5},
         {"time": "soon"},
     ],
@@ -251,7 +303,7 @@ def append_to_journal(directory: Path, **event: Any) -> None:
 def test_a_line_of_the_journal_that_may_be_anybodys_hides_no_file(
     handler: AuditHandler, audit_dir: Path, event: str, forged: Fields
 ) -> None:
-    """A session that is not the file's says nothing of it; and a time may be none."""
+    """A session that is not the file's says nothing of it; a time may be false, or none."""
     handler.record({"action": "Bribe"})
     (path,) = session_files(audit_dir)
     told = {"event": event, "file": path.name, "session": path.stem[-20:], **forged}
@@ -321,6 +373,7 @@ def test_compressed_files_are_read_as_the_plain_ones(
         (tmp_path / path.name).write_bytes(path.read_bytes())
         if path in session_files(month):
             compress(tmp_path / path.name, suffix)
+            shutil.copystat(path, tmp_path / f"{path.name}{suffix}")  # as gzip and zstd do
             (tmp_path / path.name).unlink()
     monkeypatch.setattr(source, "CHUNK", 3_000)  # several chunks a file
     for query in ({}, {"company": "acme"}, {"since": "2025-01-10", "until": "2025-01-10"}):
