@@ -190,6 +190,9 @@ class _Reading:
         self._newer = False
         self._unsigned: list[int] = []  # lines of acts that no note covers yet
         self._claims: list[Claim] = []  # roots that no note covers yet
+        self._prunes: list[tuple[Prune, Facts, int, list[Hold]]] = []  # not settled yet
+        self._disowned: set[int] = set()  # acts that no key vouches for whose note covers them
+        self._is_known = False  # a given key has signed the last note
         self._zeros: tuple[int, int] | None = None  # the last line, if a power failure left zeros
         self._expired: list[tuple[int, int, int, str]] = []
         self._chain = Chain(path, None, visit=self._visit)
@@ -209,6 +212,7 @@ class _Reading:
             evidence.readable = False
             evidence.add("unreadable", "unreadable", f"it cannot be read: {error.reason}")
         chain.finish()
+        self._settle(set(self._unsigned), known=self._is_known)
         evidence.lines, end = chain.lines, chain.offset
         if self._zeros is not None:
             evidence.lines, end = self._zeros[0] - 1, self._zeros[1]
@@ -279,7 +283,10 @@ class _Reading:
         elif event == "Prune":
             self._prune(fields, place, offset)
         elif event == "Checkpoint":
-            self._vouch(self._checkpoint(str(fields["note"]), str(fields["time"]), place, offset))
+            acts = set(self._unsigned)
+            signed = self._checkpoint(str(fields["note"]), str(fields["time"]), place, offset)
+            self._vouch(signed)
+            self._settle(acts, known=signed is not None)
         elif event is not None:
             self.evidence.add("unreadable", "newer", "it tells of something that this version does "
                               "not know", place, offset)  # fmt: skip
@@ -386,7 +393,8 @@ class _Reading:
         prune = Prune.parse(fields, place)
         facts = self.evidence.sessions.get(str(fields["session"]), Facts())
         expected = "" if facts.ending is None else facts.hashes[facts.ending.sequence]
-        held = in_force(self.evidence.standing_holds(keyed=bool(self._keys)), *facts.times())
+        holds, times = self.evidence.standing_holds(keyed=False), facts.times()
+        held = in_force(holds, *times)
         if facts.ending is None:
             why = "a session of which it knows no end"
         elif (prune.file, prune.sequence, prune.hash) != (
@@ -396,10 +404,35 @@ class _Reading:
         elif held:
             why = f"a session under the hold {held[0].id}"
         else:
-            facts.prunes.append(prune)
+            doubtful = [h for h in holds if h.release_line and h.covers(*times)]
+            self._prunes.append((prune, facts, offset, doubtful if self._keys else []))
             return
         self.evidence.add("tampered", "prune", f"it says that a file was pruned, of {why}",
                           place, offset, expected or None, prune.hash)  # fmt: skip
+
+    def _settle(self, acts: set[int], *, known: bool) -> None:
+        """Take in the tombstones up to a note, or to the end, but for those under a hold.
+
+        That a hold was released before is known only now: it is not if a note by a given key covers
+        the release, and does not vouch for it. If the note is by another key, or none ever came, it
+        cannot be known: nothing vouches for the release, nor then for a tombstone of that time.
+
+        Args:
+            acts: lines that no note has covered before.
+            known: a given key has signed the note.
+        """
+        self._is_known = known
+        if known:
+            self._disowned |= acts - self.evidence.vouched
+        for prune, facts, offset, doubtful in self._prunes:
+            held = [hold for hold in doubtful if hold.release_line in self._disowned]
+            if held:
+                self.evidence.add("tampered", "prune", "it says that a file was pruned, of a "
+                                  f"session under the hold {held[0].id}", prune.line, offset,
+                                  found=prune.hash)  # fmt: skip
+            else:
+                facts.prunes.append(prune)
+        self._prunes.clear()
 
     def _checkpoint(self, note: str, time: str, place: int, offset: int) -> Checkpoint | None:
         """Take in a note; return what it signs if a given key has signed it as it should."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aging import command, contents, done, journal_events, record
+from aging import NOW, command, contents, done, journal_events, record
 from forging import lines_of, put
 from reading import recorded
 from signing import make_key
@@ -22,6 +22,7 @@ from structlog_audit import (
 )
 from structlog_audit.journal import Journal
 from structlog_audit.keeping import Keeping
+from structlog_audit.note import read_keys
 from structlog_audit.verify import verify
 
 pytest.importorskip("click", reason="the command line is an extra")
@@ -286,6 +287,73 @@ def test_a_release_just_before_a_hold_is_signed_releases_nothing(
     assert old.exists()
     report = verify(audit_dir, keys=[public])
     assert [(f.verdict, f.kind) for f in report.findings] == [("incomplete", "unsigned")]
+
+
+def released_and_gone(directory: Path, **environ: str) -> str:
+    """Have a session go whose hold was released; return the name of the hold."""
+    name = add(directory, **environ)
+    done("hold", "release", directory, name, "--reason", "over", **environ)
+    assert "1 session gone" in done("retain", directory, *RETAIN, **environ)
+    return name
+
+
+def test_the_first_note_vouches_for_a_release_and_what_went_by_it(
+    audit_dir: Path, tmp_path: Path
+) -> None:
+    """A log that got its key late is as it was recorded; without a note nobody knows."""
+    key = tmp_path / "audit.key"
+    public = make_key(key).verifier
+    for days in (200, 80):
+        record(audit_dir, days)
+    released_and_gone(audit_dir)
+    kinds = {f.kind for f in verify(audit_dir, keys=[public]).findings}
+    assert kinds == {"unsigned", "not-signed"}  # as for any log that this key has never signed
+
+    record(audit_dir, 1, signer=Signer(key))
+    report = verify(audit_dir, keys=[public])
+    assert (report.verdict, report.findings) == ("valid", ())
+    assert [each.signed for each in report.pruned] == [True]
+
+
+@pytest.mark.parametrize("known", ["the new key", "the old key for a time before"])
+def test_what_another_key_may_have_released_is_not_known(
+    audit_dir: Path, tmp_path: Path, known: str
+) -> None:
+    """After a change of keys; the earlier public key tells, if it may have signed by then."""
+    old, new = tmp_path / "old.key", tmp_path / "new.key"
+    keys = [make_key(new, "example.com/new").verifier]
+    before = make_key(old, "example.com/old").verifier
+    for days in (200, 80):
+        record(audit_dir, days, signer=Signer(old))
+    released_and_gone(audit_dir, AUDIT_LOG_SIGNING_KEY_FILE=str(old))
+    record(audit_dir, 0, signer=Signer(new))
+    assert verify(audit_dir, keys=[*keys, before]).verdict == "valid"
+    if known != "the new key":
+        keys += read_keys(f"{before} until={NOW - timedelta(days=60):%Y-%m-%dT%H:%M:%SZ}")
+
+    report = verify(audit_dir, keys=keys)
+    assert {(f.verdict, f.kind) for f in report.findings} == {("incomplete", "unsigned")}
+    assert [each.signed for each in report.pruned] == [False]
+
+
+@pytest.mark.parametrize("note_follows", [True, False])
+def test_a_release_and_a_tombstone_that_the_key_has_not_written_are_tampered(
+    audit_dir: Path, tmp_path: Path, *, note_follows: bool
+) -> None:
+    """Whoever holds the key would have signed them at once."""
+    key = tmp_path / "audit.key"
+    public = make_key(key).verifier
+    old = record(audit_dir, 200, signer=Signer(key))
+    record(audit_dir, 80, signer=Signer(key))
+    name = add(audit_dir, AUDIT_LOG_SIGNING_KEY_FILE=str(key))
+    release = {"event": "Release", "id": name, "reason": "over", "by": "mallory"}
+    Journal(str(audit_dir), "audit").append(release, prune_of(audit_dir, 0))
+    old.unlink()
+    if note_follows:
+        record(audit_dir, 1, signer=Signer(key))
+    findings = {f.kind: f for f in verify(audit_dir, keys=[public]).findings}
+    assert set(findings) == {"prune", "missing"}
+    assert f"under the hold {name}" in findings["prune"].reason
 
 
 def test_what_a_signed_journal_says_of_holds_is_not_shown_without_a_key(
