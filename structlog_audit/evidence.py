@@ -20,7 +20,7 @@ from structlog_audit.facts import Ending, Facts, Point
 from structlog_audit.holds import Hold, Prune, in_force
 from structlog_audit.journal import journal_origin
 from structlog_audit.merkle import Frontier, leaf_hash
-from structlog_audit.names import SESSION_FILE
+from structlog_audit.names import is_file_of
 from structlog_audit.note import (
     Checkpoint,
     NoteError,
@@ -336,7 +336,7 @@ class _Reading:
 
     def _session(self, event: str, fields: Mapping[str, Any], place: int, offset: int) -> None:
         session, file = str(fields["session"]), "" if event == "Head" else str(fields["file"])
-        if file and not self._is_file_of(session, file):
+        if file and not is_file_of(session, file, self._prefix):
             self.evidence.add("tampered", "inserted", f"it gives session {session} a file that is "
                               "none of that session", place, offset, found=file)  # fmt: skip
             return
@@ -369,13 +369,6 @@ class _Reading:
             facts.ending = Ending("Close", sequence, line, found)
         elif event == "Break" and facts.ending is None:
             facts.ending = Ending("Break", sequence, line, found)
-
-    def _is_file_of(self, session: str, file: str) -> bool:
-        """Tell whether a name is that of the file of a session, as this journal would have it."""
-        named = SESSION_FILE.fullmatch(file)
-        if named is None or named["copy"]:
-            return False
-        return named["session"] == session and self._prefix in (None, named["prefix"])
 
     def _hold(self, event: str, fields: Mapping[str, Any], place: int, offset: int) -> None:
         holds, name = self.evidence.holds, str(fields["id"])

@@ -17,7 +17,7 @@ import orjson
 
 from structlog_audit.exceptions import AuditConfigurationError
 from structlog_audit.holds import parse_time
-from structlog_audit.names import JOURNAL, SESSION_FILE, journal_name
+from structlog_audit.names import JOURNAL, SESSION_FILE, is_file_of, journal_name
 from structlog_audit.selection import Selection
 from structlog_audit.source import STDIN, Lines, Source, Unreadable
 
@@ -208,8 +208,7 @@ def _note(found: dict[str, Span], prefix: str, line: bytes) -> None:
         fields = orjson.loads(line)
         session, event = fields["session"], fields["event"]
         if event in ("Open", "Close", "Break"):
-            named = SESSION_FILE.fullmatch(fields["file"])
-            if named is None or (named["prefix"], named["session"]) != (prefix, session):
+            if not is_file_of(session, fields["file"], prefix):
                 return
         elif event != "Head":
             return

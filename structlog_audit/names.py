@@ -38,3 +38,19 @@ def journal_name(prefix: str) -> str:
 def session_names(prefix: str) -> re.Pattern[str]:
     """Return a pattern for the names of session files with that prefix; group 1 is the session."""
     return re.compile(rf"{re.escape(prefix)}-[0-9]{{8}}-([a-z0-9]{{20}})\.ndjson")
+
+
+def is_file_of(session: str, file: str, prefix: str | None = None) -> bool:
+    """Tell whether a name is that of a session's file.
+
+    A line of a journal that says otherwise is none of ours: it may be anybody's.
+
+    Args:
+        session: the session.
+        file: the name, uncompressed.
+        prefix: begin of the name; None for any.
+    """
+    named = SESSION_FILE.fullmatch(file)
+    if named is None or named["copy"] is not None:
+        return False
+    return named["session"] == session and prefix in (None, named["prefix"])

@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 
 from structlog_audit.entry import SESSION_ACTION
+from structlog_audit.names import is_file_of
 from structlog_audit.session_tree import SessionTree
 from structlog_audit.sinks._lock import is_locked
 
@@ -44,7 +45,7 @@ def without_end(journal: str) -> dict[str, Known]:
         for line in file:
             fields = _fields(line)
             session, event = str(fields.get("session")), fields.get("event")
-            if event == "Open":
+            if event == "Open" and is_file_of(session, str(fields.get("file"))):
                 found[session] = Known(fields["file"], fields["sequence"], fields["hash"])
             elif event == "Head" and session in found:
                 found[session].sequence = fields["sequence"]

@@ -213,6 +213,21 @@ def test_what_contradicts_the_journal_is_not_entered(
     assert [finding.kind for finding in report.findings] == [kind]
 
 
+def test_an_invented_session_gets_no_end_from_the_file_of_another(
+    audit_dir: Path, tmp_path: Path, key: SigningKey, killed: Path
+) -> None:
+    """The key would sign a line that verification takes for inserted."""
+    journal = Journal(str(audit_dir), "audit")
+    (opened,) = without_end(journal.path).values()
+    told = {"sequence": opened.sequence, "hash": opened.hash}
+    for file in (opened.file, 5):
+        journal.append({"event": "Open", "file": file, "session": "z" * 20, **told})
+
+    run_well(NEXT, audit_dir, tmp_path / "audit.key", session_of(killed))
+
+    assert [event["session"] for event in found(audit_dir)] == [session_of(killed)]
+
+
 def test_a_session_that_ends_while_it_is_looked_at_is_left_alone(
     audit_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
