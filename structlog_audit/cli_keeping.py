@@ -131,8 +131,13 @@ def hold_add(
     """
     begin = None if since is None else _point(since, timedelta())
     end = None if until is None else _point(until, timedelta(days=1))
-    added = _keeping(directory, prefix, key_files).add_hold(reason, begin, end)
+    keeping = _keeping(directory, prefix, key_files)
+    added = keeping.add_hold(reason, begin, end)
     click.echo(added.id)
+    for file in keeping.survey().marked(added):
+        click.echo(f"warning: {file} has a tombstone of an earlier run already: retain lets it "
+                   "stay now, but verify would not miss it; keep a copy of it elsewhere",
+                   err=True)  # fmt: skip
 
 
 @hold.command("release")

@@ -65,6 +65,17 @@ class Survey:
         """Return all holds, as they stand."""
         return self.evidence.standing_holds(keyed=bool(self._keys))
 
+    def marked(self, hold: Hold) -> list[str]:
+        """Return the files that a hold covers and that are still there, but have a tombstone.
+
+        A run that was killed leaves such files. Nobody would miss them.
+        """
+        return [
+            facts.file
+            for facts in self.evidence.sessions.values()
+            if facts.prunes and hold.covers(*facts.times()) and find(self.directory, facts.file)
+        ]
+
     def _read(self) -> Evidence:
         if not os.path.isdir(self.directory):
             raise AuditConfigurationError(f"there is no directory {self.directory}")

@@ -75,6 +75,21 @@ def test_a_hold_with_a_period_covers_the_sessions_in_it(audit_dir: Path) -> None
     assert verify(audit_dir).verdict == "valid"
 
 
+def test_a_hold_names_the_files_that_have_a_tombstone_already(audit_dir: Path) -> None:
+    """A run was killed before they went. They stay, but whoever removes them is not noticed."""
+    old, other = record(audit_dir, 200), record(audit_dir, 150)
+    record(audit_dir, 80)
+    Journal(str(audit_dir), "audit").append(prune_of(audit_dir, 0), prune_of(audit_dir, 1))
+    until = f"{NOW - timedelta(days=170):%Y-%m-%d}"
+    ran = command("hold", "add", audit_dir, "--reason", "x", "--until", until)
+    assert (ran.returncode, len(ran.stdout.split())) == (0, 1)
+    assert ran.stderr.startswith(f"warning: {old.name} has a tombstone of an earlier run already")
+    assert other.name not in ran.stderr
+    assert "1 session gone" in retain(audit_dir)
+    assert (old.exists(), other.exists()) == (True, False)
+    assert command("hold", "add", audit_dir, "--reason", "x", "--since", until).stderr == ""
+
+
 def test_each_change_of_a_hold_is_an_entry_and_a_line_that_is_signed(
     audit_dir: Path, tmp_path: Path
 ) -> None:
