@@ -175,6 +175,8 @@ def recompute(directory: Path, key: SigningKey | None = None, *, strip: bool = F
         follow(other, session, hashes, events)
     if strip:
         events = [event for event in events if event["event"] not in ("Checkpoint", "Head")]
+        for event in events:
+            event.pop("root", None)
     put_events(directory, events, key)
 
 
