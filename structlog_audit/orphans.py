@@ -45,11 +45,13 @@ def without_end(journal: str) -> dict[str, Known]:
         for line in file:
             fields = _fields(line)
             session, event = str(fields.get("session")), fields.get("event")
+            sequence, hash_ = fields.get("sequence"), fields.get("hash")
+            if not (isinstance(sequence, int) and isinstance(hash_, str)):
+                continue  # it tells of no session: verification says if it is no line of ours
             if event == "Open" and is_file_of(session, str(fields.get("file"))):
-                found[session] = Known(fields["file"], fields["sequence"], fields["hash"])
+                found[session] = Known(fields["file"], sequence, hash_)
             elif event == "Head" and session in found:
-                found[session].sequence = fields["sequence"]
-                found[session].hash = fields["hash"]
+                found[session].sequence, found[session].hash = sequence, hash_
             elif event in ("Close", "Break"):
                 found.pop(session, None)
     return found

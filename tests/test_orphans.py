@@ -228,6 +228,24 @@ def test_an_invented_session_gets_no_end_from_the_file_of_another(
     assert [event["session"] for event in found(audit_dir)] == [session_of(killed)]
 
 
+@pytest.mark.usefixtures("thread_is_late")
+@pytest.mark.parametrize("rest", ["", ',"sequence":"2","hash":"x"', ',"sequence":2,"hash":null'])
+@pytest.mark.parametrize("event", ["Open", "Head"])
+def test_a_line_that_is_not_whole_keeps_nobody_from_looking(
+    event: str, rest: str, audit_dir: Path, tmp_path: Path, killed: Path
+) -> None:
+    """Anybody may have written it; verification tells of it."""
+    about = f'"session":"{session_of(killed)}","file":"{killed.name}"'
+    with open(audit_dir / "audit-journal.ndjson", "a") as journal:
+        journal.write(f'{{"event":"{event}",{about}{rest}}}\n')
+
+    handler = AuditHandler(FileSink(audit_dir, signer=Signer(tmp_path / "audit.key")))
+    handler.record({"action": "B"})
+    handler.close()
+
+    assert [end["session"] for end in found(audit_dir)] == [session_of(killed)]
+
+
 def test_a_session_that_ends_while_it_is_looked_at_is_left_alone(
     audit_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
