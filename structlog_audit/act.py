@@ -149,7 +149,7 @@ class Recorder:
             AuditConfigurationError: none of them has signed it: anybody may have written what it
                 says of holds.
         """
-        if evidence.others and not evidence.checkpoints:
+        if evidence.is_signed_by_others:
             raise AuditConfigurationError(
                 f"the journal {self.journal} is signed, and no key that signed it is given",
                 hint="--key FILE names the public key of the log, after a change of keys the "
@@ -180,7 +180,7 @@ class Recorder:
                 hint="set AUDIT_LOG_SIGNING_KEY_FILE as the service has it: an export, a hold or a "
                 f"tombstone that is not signed could be anybody's; {_OF_A_COPY}",
             )
-        if evidence.others and not evidence.checkpoints:
+        if evidence.is_signed_by_others:
             raise AuditConfigurationError(
                 f"the journal {self.journal} is signed, and not by the key that is configured",
                 hint="set AUDIT_LOG_SIGNING_KEY_FILE as the service has it; after a change of "

@@ -103,6 +103,11 @@ class Evidence:
         """Whether something in it was changed: what else it says is worth nothing."""
         return any(finding.verdict == "tampered" for finding in self.findings)
 
+    @property
+    def is_signed_by_others(self) -> bool:
+        """Whether it is signed, and by none of the given keys."""
+        return bool(self.others) and not self.checkpoints
+
     def standing_holds(self, *, keyed: bool) -> list[Hold]:
         """Return the holds as they stand; with keys, what these do not vouch for releases none."""
         holds = list(self.holds.values())

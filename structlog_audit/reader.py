@@ -37,7 +37,7 @@ from structlog_audit.listing import (
 )
 from structlog_audit.selection import Needles, Selection, Time, select, stamp
 from structlog_audit.source import LONGEST_LINE, STDIN, Source, Unreadable
-from structlog_audit.wanted import Wanted
+from structlog_audit.wanted import Begun, Wanted
 
 OPEN_FILES = 200
 """Files that are open at once; a process may have 1,024 where nobody set another limit."""
@@ -208,7 +208,7 @@ def read(
     *,
     in_time_order: bool = False,
     on_problem: Callable[[Problem], None] | None = None,
-    wanted: Wanted | None = None,
+    wanted: Wanted | Begun | None = None,
 ) -> Iterator[Entry]:
     """Read the entries that are selected, and wanted besides; `entries` tells how."""
     bounds = Bounds() if in_time_order or selection.since or selection.until else None
@@ -235,7 +235,7 @@ class Scan:
         file: File,
         selection: Selection,
         on_problem: Callable[[Problem], None],
-        wanted: Wanted | None = None,
+        wanted: Wanted | Begun | None = None,
         *,
         limit: int | None = None,
     ) -> None:
@@ -243,7 +243,7 @@ class Scan:
         self._limit = limit
         self._needles: Needles = ()
         self._selection = selection
-        self._wanted = wanted or Wanted()
+        self._wanted: Wanted | Begun = wanted or Wanted()
         self._since, self._until = stamp(selection.since), stamp(selection.until) or "~"
         self._on_problem = on_problem
 

@@ -91,13 +91,8 @@ def select(
     Raises:
         AuditConfigurationError: one of them cannot be understood.
     """
-    for name, value in {"user": user, "company": company, "action": action, "type": type,
-                        "ip": ip, "event": event, "operation": operation, "session": session,
-                        "text": text}.items():  # fmt: skip
-        if value == "":
-            raise AuditConfigurationError(
-                f"the {name} to look for is empty", hint="leave it out to find any"
-            )
+    _refuse_empty(user=user, company=company, action=action, type=type, ip=ip, event=event,
+                  operation=operation, session=session, text=text)  # fmt: skip
     kind = None if event is None else _kind(event)
     filters = [  # those that few entries pass stand first
         _equal("operationId", operation),
@@ -125,6 +120,14 @@ def select(
         raw=tuple(each.raw for each in given if each.raw is not None),
         checks=tuple(each.check for each in given),
     )
+
+
+def _refuse_empty(**filters: str | None) -> None:
+    for name, value in filters.items():
+        if value == "":
+            raise AuditConfigurationError(
+                f"the {name} to look for is empty", hint="leave it out to find any"
+            )
 
 
 @dataclass(frozen=True, slots=True)

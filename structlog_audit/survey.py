@@ -87,7 +87,7 @@ class Survey:
             )
         evidence = read_journal(self.journal, self.prefix, self._keys, ())
         unsigned = self._not_as_written("nothing in it is signed by the given keys")
-        if self._keys and evidence.others and not evidence.checkpoints:
+        if self._keys and evidence.is_signed_by_others:
             raise unsigned  # first: what else is wrong with it may be for want of the right one
         wrong = [f for f in evidence.findings if f.kind != "torn"]
         if wrong or not evidence.readable:

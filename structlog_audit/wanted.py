@@ -50,17 +50,19 @@ class Wanted:
         self.needles = tuple(self._operations) if few else _ANY
 
 
-class Begun(Wanted):
+class Begun:
     """Begins, kept for those who find an outcome.
 
     Args:
         event: the outcome that is looked for; what ends in another way is kept no longer.
         most: bytes to keep; the oldest ones then go.
+
+    Attributes:
+        needles: what a line must have one of.
     """
 
-    needles = _ANY
-
     def __init__(self, event: str, most: int) -> None:
+        self.needles = _ANY
         self._event = event.encode()
         self._left = most
         self._lines: dict[bytes, bytes] = {}
